@@ -1,0 +1,168 @@
+// The door: Python's pointers and numbers in, one kernel call out, with the interpreter's lock released meanwhile.
+// Enters: arguments that op.py has checked. Leaves: nothing; the kernels write through the pointers.
+// Floor: the top of the kernels; the only file that knows Python.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "threads.h"
+#include "view.h"
+
+#define REGARD_DECLARE(target)                                    \
+    namespace regard::target {                                    \
+    void forward(const ForwardCall&);                             \
+    void stats(const StatsCall&);                                 \
+    void tile(const TileCall&);                                   \
+    void dropout(u64, i64, i64, i64, i64, double, std::uint8_t*); \
+    }
+#define REGARD_TARGET_OF(target) \
+    Target { #target, regard::target::forward, regard::target::stats, regard::target::tile, regard::target::dropout }
+
+#if defined(__x86_64__)
+REGARD_DECLARE(avx512)
+REGARD_DECLARE(avx2)
+#endif
+REGARD_DECLARE(portable)
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace regard {
+namespace {
+
+// The instruction sets that this processor has, best first.
+const std::vector<Target>& targets() {
+    static const std::vector<Target> found = [] {
+        std::vector<Target> list;
+#if defined(__x86_64__)
+        __builtin_cpu_init();
+        const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                          __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+        if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+            __builtin_cpu_supports("avx512cd"))
+            list.push_back(REGARD_TARGET_OF(avx512));
+        if (avx2) list.push_back(REGARD_TARGET_OF(avx2));
+#endif
+        list.push_back(REGARD_TARGET_OF(portable));
+        return list;
+    }();
+    return found;
+}
+
+const Target& target(int index) {
+    if (index < 0 || index >= static_cast<int>(targets().size()))
+        throw std::out_of_range("kernels: no such instruction set");
+    return targets()[static_cast<std::size_t>(index)];
+}
+
+using ViewArgument = std::array<i64, 5>;  // address, strides of batch, head, row, column
+using MaskArgument = std::array<i64, 6>;  // kind, address, strides of batch, head, row, count
+using ShapeArgument =
+    std::array<i64, 7>;  // batch, num_heads, num_kv_heads, seq_len_q, seq_len_kv, head_dim, head_dim_v
+
+View view(const ViewArgument& a) { return {reinterpret_cast<void*>(a[0]), a[1], a[2], a[3], a[4]}; }
+
+Scores scores(int dtype, const ShapeArgument& n, const ViewArgument& q, const ViewArgument& k, const ViewArgument& bias,
+              const MaskArgument& m, double scale, double softcap) {
+    const Mask mask{static_cast<int>(m[0]), reinterpret_cast<const void*>(m[1]), m[2], m[3], m[4], m[5]};
+    return {dtype, n[0], n[1], n[2], n[3], n[4], n[5], view(q), view(k), view(bias), mask, scale, softcap};
+}
+
+}  // namespace
+}  // namespace regard
+
+using namespace regard;
+
+NB_MODULE(_kernels, module) {
+    module.doc() = "The compiled kernels. Pointers go in unchecked: call them through regard.op only.";
+
+    module.def("isas", [] {
+        std::vector<std::string> names;
+        for (const Target& t : targets()) names.push_back(t.name);
+        return names;
+    });
+    module.def("use_openmp", &use_openmp, "address"_a);
+
+    module.def(
+        "forward",
+        [](int isa, int dtype, ShapeArgument shape, ViewArgument q, ViewArgument k, ViewArgument v, ViewArgument out,
+           ViewArgument lse, ViewArgument bias, i64 sinks, MaskArgument mask, double scale, double softcap,
+           double dropout, u64 seed, i64 first_row, int threads) {
+            const ForwardCall call{scores(dtype, shape, q, k, bias, mask, scale, softcap),
+                                   shape[6],
+                                   view(v),
+                                   view(out),
+                                   view(lse),
+                                   reinterpret_cast<const void*>(sinks),
+                                   dropout,
+                                   seed,
+                                   first_row,
+                                   threads};
+            nb::gil_scoped_release release;
+            target(isa).forward(call);
+        },
+        "isa"_a, "dtype"_a, "shape"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "bias"_a, "sinks"_a, "mask"_a, "scale"_a,
+        "softcap"_a, "dropout"_a, "seed"_a, "first_row"_a, "threads"_a);
+
+    module.def(
+        "stats",
+        [](int isa, int dtype, ShapeArgument shape, ViewArgument q, ViewArgument k, ViewArgument lse, ViewArgument bias,
+           MaskArgument mask, double scale, double softcap, i64 top_k, i64 top_keys, i64 top_weights, i64 received,
+           ViewArgument entropy, ViewArgument max_score, i64 block_rows, i64 block_cols, ViewArgument block_mass,
+           ViewArgument block_max, i64 chunk_rows, int threads) {
+            const StatsCall call{scores(dtype, shape, q, k, bias, mask, scale, softcap),
+                                 view(lse),
+                                 top_k,
+                                 reinterpret_cast<i64*>(top_keys),
+                                 reinterpret_cast<void*>(top_weights),
+                                 reinterpret_cast<double*>(received),
+                                 view(entropy),
+                                 view(max_score),
+                                 block_rows,
+                                 block_cols,
+                                 view(block_mass),
+                                 view(block_max),
+                                 chunk_rows,
+                                 threads};
+            nb::gil_scoped_release release;
+            target(isa).stats(call);
+        },
+        "isa"_a, "dtype"_a, "shape"_a, "q"_a, "k"_a, "lse"_a, "bias"_a, "mask"_a, "scale"_a, "softcap"_a, "top_k"_a,
+        "top_keys"_a, "top_weights"_a, "received"_a, "entropy"_a, "max_score"_a, "block_rows"_a, "block_cols"_a,
+        "block_mass"_a, "block_max"_a, "chunk_rows"_a, "threads"_a);
+
+    module.def(
+        "tile",
+        [](int isa, int dtype, ShapeArgument shape, ViewArgument q, ViewArgument k, ViewArgument lse, ViewArgument out,
+           ViewArgument bias, MaskArgument mask, double scale, double softcap, i64 first_key, i64 keys, int stage,
+           int threads) {
+            const TileCall call{scores(dtype, shape, q, k, bias, mask, scale, softcap),
+                                view(lse),
+                                view(out),
+                                first_key,
+                                keys,
+                                stage,
+                                threads};
+            nb::gil_scoped_release release;
+            target(isa).tile(call);
+        },
+        "isa"_a, "dtype"_a, "shape"_a, "q"_a, "k"_a, "lse"_a, "out"_a, "bias"_a, "mask"_a, "scale"_a, "softcap"_a,
+        "first_key"_a, "keys"_a, "stage"_a, "threads"_a);
+
+    module.def(
+        "dropout",
+        [](u64 seed, i64 batch, i64 head, i64 first_row, i64 rows, i64 keys, double probability, i64 keep) {
+            nb::gil_scoped_release release;
+            for (i64 row = 0; row < rows; ++row)
+                target(0).dropout(seed, batch, head, first_row + row, keys, probability,
+                                  reinterpret_cast<std::uint8_t*>(keep) + row * keys);
+        },
+        "seed"_a, "batch"_a, "head"_a, "first_row"_a, "rows"_a, "keys"_a, "probability"_a, "keep"_a);
+}

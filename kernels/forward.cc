@@ -1,0 +1,173 @@
+// Attention forward: out = softmax(scores) v, lse = log sum exp(scores).
+// Enters: a ForwardCall. Leaves: out and lse, one pass over the key tiles that the mask keeps.
+//
+// For each batch row, k/v head and 64 queries of its group (one task):
+//   for each tile of 64 keys with anything to see:
+//     Sᵀ = K Qᵀ (scores.h);  m, l, P = softmax step (softmax.h);  Oᵀ = Oᵀ · 2^(m - m') + Vᵀ Pᵀ
+//   out = O / l, lse = m + log l, a sink joined to the denominator.
+// Bytes: q and out once; k and v once for each 64 queries, from L2 or L3; nothing of size seq_len_q · seq_len_kv.
+// Online softmax: Milakov & Gimelshein 2018. Tiling: FlashAttention-2 (Dao 2023), Alg. 1.
+#include "dropout.h"
+#include "scores.h"
+#include "softmax.h"
+#include "threads.h"
+
+namespace regard::REGARD_TARGET {
+namespace {
+
+template <class C>
+bool all_finite(const C* rows, i64 leading, i64 count, i64 cols) {
+    Vector<C> zero = {};
+    C rest = 0;
+    for (i64 r = 0; r < count; ++r) {
+        const C* row = rows + r * leading;
+        i64 c = 0;
+        for (; c + kWidth<C> <= cols; c += kWidth<C>) zero += load(row + c) * C(0);  // inf · 0 is NaN
+        for (; c < cols; ++c) rest += row[c] * C(0);
+    }
+    for (int i = 0; i < kWidth<C>; ++i) rest += zero[i];
+    return rest == C(0);
+}
+
+// Rows of v that hold NaN or inf, where only some of the queries may see them: 0 · NaN would reach the others. They are
+// taken out of the tile, and added afterwards to the queries that see them alone. Returns a bit for each such row.
+template <class C>
+u64 take_out_non_finite(const C* v, i64 leading, i64 keys, i64 cols, C* clean) {
+    u64 taken = 0;
+    for (i64 j = 0; j < keys; ++j) {
+        const bool finite = all_finite(v + j * leading, leading, 1, cols);
+        for (i64 c = 0; c < cols; ++c) clean[j * cols + c] = finite ? v[j * leading + c] : C(0);
+        taken |= u64{!finite} << j;
+    }
+    return taken;
+}
+
+template <class T, class C>
+void add_taken_out(u64 taken, const T* v, const View& view, i64 keys, i64 cols, const u64* words, int lanes, const C* p,
+                   C* out) {
+    for (i64 j = 0; j < keys; ++j)
+        for (int lane = 0; lane < lanes; ++lane)
+            if ((taken & words[lane]) >> j & 1)
+                for (i64 c = 0; c < cols; ++c)
+                    out[c * kLanes + lane] += p[j * kLanes + lane] * widen(v[j * view.row + c * view.col]);
+}
+
+template <class C>
+i64 scratch_size(const ForwardCall& call) {
+    return TileScratch<C>::size(call.scores) + call.head_dim_v * (kLanes + kKeys);
+}
+
+template <class T, class C>
+void task(const void* context, i64 index, void* memory) {
+    const ForwardCall& call = *static_cast<const ForwardCall*>(context);
+    const Scores& s = call.scores;
+    const i64 rows = s.num_heads / s.num_kv_heads * s.seq_len_q, tiles = (rows + kLanes - 1) / kLanes;
+    const i64 tile = tiles - 1 - index % tiles;  // the last rows of a causal mask cost the most: they go first
+    const i64 dim = call.head_dim_v;
+
+    Queries queries;
+    queries.place(s, index / tiles / s.num_kv_heads, index / tiles % s.num_kv_heads, tile * kLanes,
+                  rows < (tile + 1) * kLanes ? rows : (tile + 1) * kLanes);
+    Visible visible;
+    visible.look(s, queries);
+
+    const TileScratch<C> scratch(s, static_cast<C*>(memory));
+    C* values = static_cast<C*>(memory) + TileScratch<C>::size(s);
+    C* out = values + dim * kKeys;
+    alignas(64) C m[kLanes], l[kLanes], factor[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) m[lane] = -kInfinity<C>, l[lane] = 0;
+    for (i64 i = 0; i < dim * kLanes; ++i) out[i] = 0;
+    load_queries<T, C>(s, queries, scratch.queries);
+
+    const T* v = static_cast<const T*>(call.v.data) + queries.batch * call.v.batch + queries.kv_head * call.v.head;
+    for (i64 j = visible.first_tile; j < visible.last_tile; ++j) {
+        const Cover cover = visible.cover(j);
+        if (cover == Cover::none) continue;
+        const u64* words = cover == Cover::some ? visible.words : nullptr;
+        const i64 first = j * kKeys, count = s.seq_len_kv - first < kKeys ? s.seq_len_kv - first : kKeys;
+        score_tile<T, C>(s, queries, first, count, kBiased, kLog2E, words, scratch);
+        softmax_step<C>(scratch.scores, count, queries.count, m, l, factor);
+        if (call.dropout != 0) drop<C>(call.seed, queries, call.first_row, first, count, call.dropout, scratch.scores);
+
+        i64 leading;
+        const C* value_rows =
+            rows_of<T, C>(v + first * call.v.row, call.v.row, call.v.col, count, dim, values, &leading);
+        u64 taken = 0;
+        if (words != nullptr && !all_finite(value_rows, leading, count, dim)) {
+            taken = take_out_non_finite(value_rows, leading, count, dim, values);
+            value_rows = values;
+            leading = dim;
+        }
+        product<C>(value_rows, 1, leading, dim, scratch.scores, count, queries.count,
+                   [out, &factor](i64 row, int lane, Vector<C> sum) {
+                       C* at = out + row * kLanes + lane;
+                       store(at, load(at) * load(factor + lane) + sum);
+                   });
+        if (taken != 0)
+            add_taken_out(taken, v + first * call.v.row, call.v, count, dim, words, queries.count, scratch.scores, out);
+    }
+
+    alignas(64) C share[kLanes] = {};
+    for (int lane = 0; lane < queries.count; ++lane) {
+        double top = m[lane], sum = l[lane], of_sum = 1;
+        if (call.sinks != nullptr) {
+            const double sink = widen(static_cast<const T*>(call.sinks)[queries.head[lane]]) * kLog2E;
+            if (sink > top) {
+                of_sum = top == -__builtin_inf() ? 0 : __builtin_exp2(top - sink);
+                sum = sum * of_sum + 1;
+                top = sink;
+            } else if (sink != -__builtin_inf()) {
+                sum += __builtin_exp2(sink - top);
+            } else if (sink != sink) {
+                sum = sink;
+            }
+        }
+        share[lane] = sum == 0 ? C(0) : static_cast<C>(of_sum / sum);
+        narrow(sum == 0 ? -kInfinity<C> : static_cast<C>((top + __builtin_log2(sum)) * kLn2),
+               queries.at<C>(call.lse, lane));
+    }
+    for (int lane = 0; lane < queries.count; lane += kWidth<C>) {
+        i64 c = 0;
+        for (; c < dim; c += kWidth<C>) {
+            Vector<C> square[kWidth<C>];
+            for (int i = 0; i < kWidth<C>; ++i)
+                square[i] = c + i < dim ? load(out + (c + i) * kLanes + lane) * load(share + lane) : Vector<C>{};
+            transpose<C>(square);
+            const i64 cols = dim - c < kWidth<C> ? dim - c : kWidth<C>;
+            for (int i = 0; i < kWidth<C> && lane + i < queries.count; ++i) {
+                T* to = queries.at<T>(call.out, lane + i) + c * call.out.col;
+                for (i64 n = 0; n < cols; ++n) narrow(square[i][n], to + n * call.out.col);
+            }
+        }
+    }
+}
+
+template <class T, class C>
+void run(const ForwardCall& call) {
+    const Scores& s = call.scores;
+    const i64 tiles = (s.num_heads / s.num_kv_heads * s.seq_len_q + kLanes - 1) / kLanes;
+    parallel(s.batch * s.num_kv_heads * tiles, call.threads, scratch_size<C>(call) * i64{sizeof(C)}, task<T, C>, &call);
+}
+
+}  // namespace
+
+void forward(const ForwardCall& call) {
+    switch (call.scores.dtype) {
+        case kFloat32:
+            return run<float, float>(call);
+        case kBFloat16:
+            return run<BFloat16, float>(call);
+        case kFloat16:
+            return run<Float16, float>(call);
+        default:
+            return run<double, double>(call);
+    }
+}
+
+void dropout(u64 seed, i64 batch, i64 head, i64 row, i64 keys, double probability, std::uint8_t* keep) {
+    const DropRow of_row(seed, batch, head, row);
+    const u32 limit = drop_limit(probability);
+    for (i64 j = 0; j < keys; ++j) keep[j] = of_row.number(static_cast<u32>(j)) >= limit;
+}
+
+}  // namespace regard::REGARD_TARGET

@@ -1,0 +1,224 @@
+// A tile of scores: 64 keys down, up to 64 queries across, and which of them the mask keeps.
+// Enters: q, k, bias and mask of a call. Leaves: softcap · tanh(scale · K Qᵀ / softcap) + bias, -inf where excluded, in
+// a chosen unit. Floor: above simd.h. Forward, statistics and exact tiles all come through here, so they agree to the
+// bit.
+//
+// Sᵀ = K Qᵀ rather than Q Kᵀ: the maximum and sum over keys run down the vectors, and k is read where it lies.
+#pragma once
+#include "simd.h"
+
+namespace regard::REGARD_TARGET {
+
+// Rows of a matrix as C, side by side: in place where they are so already, else copied to `buffer`.
+template <class T, class C>
+REGARD_INLINE const C* rows_of(const T* from, i64 row_stride, i64 col_stride, i64 rows, i64 cols, C* buffer,
+                               i64* leading) {
+    if constexpr (__is_same(T, C)) {
+        if (col_stride == 1) {
+            *leading = row_stride;
+            return from;
+        }
+    }
+    for (i64 r = 0; r < rows; ++r) {
+        const T* source = from + r * row_stride;
+        C* target = buffer + r * cols;
+        i64 c = 0;
+        if (col_stride == 1)
+            for (; c + kWidth<C> <= cols; c += kWidth<C>) store(target + c, widen_vector(source + c));
+        for (; c < cols; ++c) target[c] = widen(source[c * col_stride]);
+    }
+    *leading = cols;
+    return buffer;
+}
+
+// lanes[column][lane] from one row pointer a lane: a transpose. Null pointers give zeros.
+template <class T, class C>
+REGARD_INLINE void columns_of(const T* const* rows, int lanes, i64 col_stride, i64 cols, C* to) {
+    constexpr int W = kWidth<C>;
+    for (int lane = 0; lane < lanes; lane += W) {
+        i64 c = 0;
+        if (col_stride == 1) {
+            for (; c + W <= cols; c += W) {
+                Vector<C> square[W];
+                for (int i = 0; i < W; ++i) square[i] = rows[lane + i] ? widen_vector(rows[lane + i] + c) : Vector<C>{};
+                transpose<C>(square);
+                for (int i = 0; i < W; ++i) store(to + (c + i) * kLanes + lane, square[i]);
+            }
+        }
+        for (; c < cols; ++c)
+            for (int i = 0; i < W; ++i)
+                to[c * kLanes + lane + i] = rows[lane + i] ? widen(rows[lane + i][c * col_stride]) : C(0);
+    }
+}
+
+// Which query stands in which lane: rows of one head, or of several heads of one group, so that they read each key
+// once.
+struct Queries {
+    int count, padded;  // padded: up to the next multiple of 16, the widest vector
+    i64 batch, kv_head;
+    i64 head[kLanes], row[kLanes];
+
+    void place(const Scores& s, i64 batch_index, i64 kv_head_index, i64 first,
+               i64 last) {  // rows of the group, head by head
+        const i64 group = s.num_heads / s.num_kv_heads;
+        batch = batch_index, kv_head = kv_head_index;
+        count = static_cast<int>(last - first);
+        padded = (count + 15) / 16 * 16;
+        for (int lane = 0; lane < count; ++lane) {
+            head[lane] = kv_head * group + (first + lane) / s.seq_len_q;
+            row[lane] = (first + lane) % s.seq_len_q;
+        }
+    }
+    template <class T>
+    T* at(const View& view, int lane) const {
+        return static_cast<T*>(view.data) + batch * view.batch + head[lane] * view.head + row[lane] * view.row;
+    }
+};
+
+enum class Cover { none, some, all };
+
+REGARD_INLINE u64 bits_between(i64 low, i64 high) {
+    low = low < 0 ? 0 : low;
+    high = high > kKeys ? kKeys : high;
+    if (low >= high) return 0;
+    return (~u64{0} >> (kKeys - (high - low))) << low;
+}
+
+// What the mask leaves of each key tile, for the queries at hand.
+struct Visible {
+    i64 first_tile, last_tile;  // tiles outside are not looked at
+    u64 words[kLanes];
+
+    void look(const Scores& s, const Queries& queries) {
+        mask_ = &s.mask, queries_ = &queries, keys_ = s.seq_len_kv;
+        first_tile = 0, last_tile = (keys_ + kKeys - 1) / kKeys;
+        common_low_ = 0, common_high_ = keys_;
+        if (s.mask.kind != kIntervals) return;
+        if (s.mask.count == 0) {  // no row has a range
+            last_tile = 0;
+            return;
+        }
+        i64 low = keys_, high = 0;
+        for (int lane = 0; lane < queries.count; ++lane) {
+            const std::int32_t* pairs = intervals(lane);
+            for (i64 n = 0; n < s.mask.count; ++n) {
+                if (pairs[2 * n] >= pairs[2 * n + 1]) continue;
+                low = pairs[2 * n] < low ? pairs[2 * n] : low;
+                high = pairs[2 * n + 1] > high ? pairs[2 * n + 1] : high;
+            }
+            common_low_ = pairs[0] > common_low_ ? pairs[0] : common_low_;
+            common_high_ = pairs[1] < common_high_ ? pairs[1] : common_high_;
+        }
+        if (low >= high) low = high = 0;
+        first_tile = low / kKeys, last_tile = (high + kKeys - 1) / kKeys;
+    }
+
+    Cover cover(i64 tile) {
+        if (mask_->kind == kNoMask) return Cover::all;
+        const i64 first = tile * kKeys, last = first + kKeys < keys_ ? first + kKeys : keys_;
+        if (mask_->kind == kIntervals && first >= common_low_ && last <= common_high_) return Cover::all;
+        u64 any = 0, every = ~u64{0};
+        for (int lane = 0; lane < queries_->count; ++lane) {
+            words[lane] = word(lane, tile, first);
+            any |= words[lane];
+            every &= words[lane];
+        }
+        for (int lane = queries_->count; lane < kLanes; ++lane) words[lane] = 0;
+        if (any == 0) return Cover::none;
+        const u64 whole = bits_between(0, last - first);
+        return (every & whole) == whole ? Cover::all : Cover::some;
+    }
+
+  private:
+    const std::int32_t* intervals(int lane) const {
+        return static_cast<const std::int32_t*>(mask_->data) + 2 * at(lane);
+    }
+    i64 at(int lane) const {
+        return queries_->batch * mask_->batch + queries_->head[lane] * mask_->head + queries_->row[lane] * mask_->row;
+    }
+    u64 word(int lane, i64 tile, i64 first) const {
+        if (mask_->kind == kBits) return static_cast<const u64*>(mask_->data)[at(lane) + tile];
+        const std::int32_t* pairs = intervals(lane);
+        u64 bits = 0;
+        for (i64 n = 0; n < mask_->count; ++n) bits |= bits_between(pairs[2 * n] - first, pairs[2 * n + 1] - first);
+        return bits;
+    }
+
+    const Mask* mask_;
+    const Queries* queries_;
+    i64 keys_, common_low_, common_high_;
+};
+
+// keep ? x : -inf, key by key, for one tile.
+template <class C>
+REGARD_INLINE void exclude(const u64* words, i64 keys, int lanes, C* scores) {
+    constexpr int W = kWidth<C>;
+    using U = typename LanesOf<C>::U;
+    using I = typename LanesOf<C>::I;
+    const Vector<C> minus_infinity = splat(-kInfinity<C>);
+    for (int lane = 0; lane < lanes; lane += W)
+        for (i64 half = 0; half < keys; half += 32) {
+            U bits;
+            for (int i = 0; i < W; ++i) bits[i] = static_cast<u32>(words[lane + i] >> half);
+            const i64 last = keys < half + 32 ? keys : half + 32;
+            for (i64 j = half; j < last; ++j) {
+                C* at = scores + j * kLanes + lane;
+                store(at, (I)((bits >> (j - half)) & 1) != 0 ? load(at) : minus_infinity);
+            }
+        }
+}
+
+// Scratch of a score tile: element counts of C.
+template <class C>
+struct TileScratch {
+    C *queries, *scores, *keys, *bias;
+    static i64 size(const Scores& s) { return s.head_dim * (kLanes + kKeys) + 2 * kLanes * kKeys; }
+    explicit TileScratch(const Scores& s, C* from)
+        : queries(from),
+          scores(queries + s.head_dim * kLanes),
+          keys(scores + kLanes * kKeys),
+          bias(keys + s.head_dim * kKeys) {}
+};
+
+template <class T, class C>
+REGARD_INLINE void load_queries(const Scores& s, const Queries& queries, C* to) {
+    const T* rows[kLanes] = {};
+    for (int lane = 0; lane < queries.count; ++lane) rows[lane] = queries.at<T>(s.q, lane);
+    columns_of(rows, kLanes, s.q.col, s.head_dim, to);
+}
+
+// The scores of keys [first, first + count) up to `stage`, times `unit` (log2 e where they go on to exp2, else 1).
+template <class T, class C>
+REGARD_INLINE void score_tile(const Scores& s, const Queries& queries, i64 first, i64 count, int stage, double unit,
+                              const u64* words, const TileScratch<C>& scratch) {
+    i64 leading;
+    const T* from =
+        static_cast<const T*>(s.k.data) + queries.batch * s.k.batch + queries.kv_head * s.k.head + first * s.k.row;
+    const C* keys = rows_of<T, C>(from, s.k.row, s.k.col, count, s.head_dim, scratch.keys, &leading);
+    C* scores = scratch.scores;
+    const bool capped = s.softcap != 0 && stage >= kCapped;
+    const C scale = static_cast<C>(capped ? s.scale / s.softcap : s.scale * unit);
+    product<C>(keys, leading, 1, count, scratch.queries, s.head_dim, queries.count,
+               [scores, scale](i64 row, int lane, Vector<C> sum) { store(scores + row * kLanes + lane, sum * scale); });
+    constexpr int W = kWidth<C>;
+    const bool biased = s.bias.data != nullptr && stage >= kBiased;
+    if (capped || biased) {
+        if (biased) {
+            const T* rows[kLanes] = {};
+            for (int lane = 0; lane < queries.count; ++lane)
+                rows[lane] = queries.at<T>(s.bias, lane) + first * s.bias.col;
+            columns_of(rows, queries.padded, s.bias.col, count, scratch.bias);
+        }
+        const C cap = static_cast<C>(s.softcap * unit), factor = static_cast<C>(unit);
+        for (i64 j = 0; j < count; ++j)
+            for (int lane = 0; lane < queries.count; lane += W) {
+                Vector<C> x = load(scores + j * kLanes + lane);
+                if (capped) x = cap * tanh(x);
+                if (biased) x += factor * load(scratch.bias + j * kLanes + lane);
+                store(scores + j * kLanes + lane, x);
+            }
+    }
+    if (words != nullptr && stage >= kBiased) exclude<C>(words, count, queries.count, scores);
+}
+
+}  // namespace regard::REGARD_TARGET

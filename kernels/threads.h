@@ -1,0 +1,19 @@
+// Threads: tasks handed out one by one to the pool that PyTorch already runs, or to one of our own where there is none.
+// Enters: a task count and a function. Leaves: every task done, in any order; results must not depend on it.
+// Floor: beside view.h; compiled once, for no particular target.
+#pragma once
+#include "view.h"
+
+namespace regard {
+
+using Body = void (*)(const void* context, i64 task, void* scratch);
+
+// Runs body(context, task, scratch) for each task in [0, tasks); each worker has `scratch_bytes` of its own, 64-byte
+// aligned. Throws std::bad_alloc before any task has begun, never after.
+void parallel(i64 tasks, int threads, i64 scratch_bytes, Body body, const void* context);
+
+// The address of GOMP_parallel in the OpenMP library that PyTorch has loaded: two pools on the same cores fight. 0: use
+// ours.
+void use_openmp(u64 address);
+
+}  // namespace regard

@@ -1,0 +1,93 @@
+// The contract with Python: what a kernel is given, and nothing else.
+// Enters: raw pointers with element strides, sizes, scalars; all checked in Python before the door.
+// Leaves: numbers written through the same kind of view.
+// Floor: the lowest; included by every target, so it holds no code that a target could compile differently.
+#pragma once
+#include <cstdint>
+
+namespace regard {
+
+using i64 = std::int64_t;
+using u64 = std::uint64_t;
+using u32 = std::uint32_t;
+
+// Queries side by side in the vector lanes, and keys down the rows, of one score tile. 64 keys are one word of mask
+// bits.
+constexpr int kLanes = 64;
+constexpr int kKeys = 64;
+
+enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+
+// Element strides of (batch, head, row, column); a stride of 0 broadcasts. No data: the tensor is absent.
+struct View {
+    void* data = nullptr;
+    i64 batch = 0, head = 0, row = 0, col = 0;
+};
+
+enum MaskKind : int { kNoMask = 0, kIntervals = 1, kBits = 2 };
+
+// kIntervals: int32 pairs [lo, hi) of key indices, `count` pairs a query row, disjoint; empty ones have lo == hi.
+// kBits: one 64-bit word for each 64 keys, `count` words a query row; bit j is key 64 * word + j.
+// Strides count pairs (intervals) or words (bits).
+struct Mask {
+    int kind = kNoMask;
+    const void* data = nullptr;
+    i64 batch = 0, head = 0, row = 0, count = 0;
+};
+
+// Everything that decides a score: softcap · tanh(scale · q·k / softcap) + bias, excluded where the mask says so.
+struct Scores {
+    int dtype;
+    i64 batch, num_heads, num_kv_heads, seq_len_q, seq_len_kv, head_dim;
+    View q, k, bias;
+    Mask mask;
+    double scale, softcap;  // softcap 0: none
+};
+
+struct ForwardCall {
+    Scores scores;
+    i64 head_dim_v;
+    View v, out, lse;   // lse: float32, or float64 where the inputs are
+    const void* sinks;  // (num_heads,) in the inputs' dtype, or null
+    double dropout;     // probability of dropping a weight; 0: none
+    u64 seed;
+    i64 first_row;  // this call's row 0 is row first_row of the whole: dropout depends on it
+    int threads;
+};
+
+// Column sums are gathered per chunk of query rows, in double, so that no two tasks write one number.
+struct StatsCall {
+    Scores scores;
+    View lse;
+    i64 top_k;
+    i64* top_keys;  // (batch, num_heads, seq_len_q, top_k), -1 past the visible keys
+    void* top_weights;
+    double* received;  // (chunks, batch, num_heads, seq_len_kv), zeroed by the caller
+    View entropy, max_score;
+    i64 block_rows, block_cols;  // 0: no blocks
+    View block_mass, block_max;  // zeroed by the caller; row = block row, col = block column
+    i64 chunk_rows;              // a multiple of block_rows where there are blocks
+    int threads;
+};
+
+enum Stage : int { kScaled = 0, kCapped = 1, kBiased = 2, kWeights = 3 };
+
+// A tile of the scores or weights: the queries of `scores` against keys [first_key, first_key + keys).
+struct TileCall {
+    Scores scores;
+    View lse, out;  // out: float32, or float64 where the inputs are
+    i64 first_key, keys;
+    int stage;
+    int threads;
+};
+
+// One compiled copy of the kernels.
+struct Target {
+    const char* name;
+    void (*forward)(const ForwardCall&);
+    void (*stats)(const StatsCall&);
+    void (*tile)(const TileCall&);
+    void (*dropout)(u64 seed, i64 batch, i64 head, i64 row, i64 keys, double probability, std::uint8_t* keep);
+};
+
+}  // namespace regard

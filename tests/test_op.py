@@ -1,0 +1,184 @@
+"""The operator under autograd, torch.compile, torch.export and opcheck."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from regard import masks, op
+from test_kernels import attend, formula
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+MASKS = {
+    "none": None,
+    "causal": masks.causal(),
+    "scattered": masks.from_tensor(torch.rand(2, 4, 5, 7, generator=torch.Generator().manual_seed(0)) > 0.5),
+    "padded window": masks.padding(torch.tensor([3, 7])) & masks.sliding_window(2, 1),
+}
+BIASES = {
+    "none": None,
+    "dense": (2, 4, 5, 7),
+    "per key": (1, 4, 1, 7),
+    "per query": (2, 1, 5, 1),
+    "diagonal": (1, 4, 11),
+    "diagonals of rows": (2, 1, 11),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_gradients_match_finite_differences(mask, bias, softcap):
+    torch.manual_seed(0)
+    q, k, v, sinks = random(2, 4, 5, 3), random(2, 2, 7, 3), random(2, 2, 7, 2), random(4)
+    shape = BIASES[bias]
+    name = "diagonal" if shape is not None and len(shape) == 3 else "bias"
+    extra = [] if shape is None else [random(*shape)]
+
+    def function(q, k, v, sinks, *extra):
+        biases = {name: extra[0]} if extra else {}
+        return attend(q, k, v, sinks=sinks, mask=MASKS[mask], softcap=softcap, query_offset=2, scale=-0.7, **biases)
+
+    assert torch.autograd.gradcheck(function, (q, k, v, sinks, *extra))
+
+
+def test_gradients_with_dropout_match_finite_differences():
+    q, k, v = random(1, 2, 70, 4), random(1, 1, 90, 4), random(1, 1, 90, 4)
+
+    def function(q, k, v):
+        torch.manual_seed(3)
+        return attend(q, k, v, dropout=0.3, mask=masks.causal(), query_offset=20)
+
+    assert torch.autograd.gradcheck(function, (q, k, v), fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_at_length_match_float64(dtype):
+    # Several panels of rows, groups of heads, ranges and bits.
+    shapes = [(1, 4, 700, 32), (1, 2, 900, 32), (1, 2, 900, 24)]
+    scattered = torch.rand(700, 900) > 0.5
+    for mask in (
+        masks.causal(),
+        masks.sliding_window(100, 0),
+        masks.from_function(lambda b, h, p, j: scattered[p - 200, j]),
+    ):
+        inputs = [torch.randn(s).to(dtype).requires_grad_() for s in shapes]
+        wide = [t.detach().double().requires_grad_() for t in inputs]
+        out, lse = attend(*inputs, mask=mask, query_offset=200)
+        expected, expected_lse, _ = formula(*wide, mask=mask, query_offset=200)
+        seen = expected_lse > -math.inf
+        weight = torch.randn(out.shape)
+        ((out.double() * weight).sum() + lse[seen].double().sum()).backward()
+        ((expected * weight).sum() + expected_lse[seen].sum()).backward()
+        for ours, theirs in zip(inputs, wide, strict=True):
+            assert ours.grad.dtype == dtype
+            error = (ours.grad.double() - theirs.grad).norm() / theirs.grad.norm()
+            assert error < {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+
+
+def test_nan_in_rows_that_no_query_may_see_reaches_no_gradient():
+    inputs = [torch.randn(1, 2, 20, 8) for _ in range(3)]
+    inputs[1][:, :, 12:], inputs[2][:, :, 12:] = math.nan, math.inf
+    inputs = [t.requires_grad_() for t in inputs]
+    out, lse = attend(*inputs, mask=masks.padding(torch.tensor([12])))
+    (out.sum() + lse.sum()).backward()
+    for t in inputs:
+        assert t.grad.isfinite().all()
+    assert (inputs[1].grad[:, :, 12:] == 0).all() and (inputs[2].grad[:, :, 12:] == 0).all()
+
+
+def test_a_row_without_keys_has_zero_gradient():
+    q, k, v, sinks = random(1, 1, 4, 3), random(1, 1, 4, 3), random(1, 1, 4, 3), random(1)
+    out, lse = attend(q, k, v, mask=masks.causal(), query_offset=-2, sinks=sinks)
+    (out.sum() + lse.sum()).backward()
+    assert (q.grad[:, :, :2] == 0).all() and q.grad.isfinite().all() and sinks.grad.isfinite().all()
+    q.grad = None
+    out, lse = attend(q, k, v, mask=masks.causal(), query_offset=-2)
+    (out.sum() + lse[lse.isfinite()].sum()).backward()
+    assert (q.grad[:, :, :2] == 0).all() and not k.grad.isnan().any()
+
+
+def test_a_call_that_needs_no_gradient_gives_the_same_bits():
+    q, k, v = (torch.randn(1, 2, 100, 16) for _ in range(3))
+    with_gradient = attend(q.clone().requires_grad_(), k, v, mask=masks.causal())
+    without = attend(q, k, v, mask=masks.causal())
+    assert torch.equal(with_gradient[0], without[0]) and torch.equal(with_gradient[1], without[1])
+    assert with_gradient[0].stride() == without[0].stride()
+
+
+def test_gradients_are_the_same_bits_for_any_thread_count():
+    inputs = [torch.randn(2, 4, 300, 32) for _ in range(3)]
+    grads = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            leaves = [t.clone().requires_grad_() for t in inputs]
+            attend(*leaves, mask=masks.causal())[0].square().sum().backward()
+            grads.append([t.grad for t in leaves])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("mask", [None, masks.causal() & masks.padding(torch.tensor([4])), masks.sliding_window(3, 0)])
+@pytest.mark.parametrize("bias", [None, (1, 4, 1, 6)])
+def test_opcheck_passes(mask, bias):
+    q, k, v = (torch.randn(1, h, 6, 8, requires_grad=True) for h in (4, 2, 2))
+    program = ("", [], []) if mask is None else mask.encode()
+    bias = None if bias is None else torch.randn(bias, requires_grad=True)
+    sinks = torch.randn(4, requires_grad=True)
+    arguments = (q, k, v, bias, None, sinks, *program, 0.3, 2.0, 0.0, None, 0, 0, None, None)
+    results = torch.library.opcheck(torch.ops.regard.attention.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_compile_and_export_trace_the_whole_graph():
+    q, k, v = (torch.randn(1, h, 6, 8, requires_grad=True) for h in (4, 2, 2))
+
+    def function(q, k, v):
+        return attend(q * 2, k, v, mask=masks.causal() & masks.sliding_window(3, 0))[0] + 1
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), function(q, k, v))
+    grads = torch.autograd.grad(compiled(q, k, v).sum(), (q, k, v))
+    for ours, theirs in zip(grads, torch.autograd.grad(function(q, k, v).sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+    class Module(torch.nn.Module):
+        def forward(self, q, k, v):
+            return function(q, k, v)
+
+    plain = tuple(t.detach() for t in (q, k, v))
+    exported = torch.export.export(Module(), plain)
+    torch.testing.assert_close(exported.module()(*plain), function(*plain))
+
+
+def test_backward_of_a_window_takes_no_quadratic_memory():
+    n = 16384
+    q, k, v = (torch.randn(1, 1, n, 16, requires_grad=True) for _ in range(3))
+    largest = []
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(t, Tensor):
+                    largest.append(t.untyped_storage().nbytes())
+            return out
+
+    out, lse = attend(q, k, v, mask=masks.sliding_window(255, 0))
+    wanted = [True] * 3 + [False] * 3
+    ops, ints, tensors = masks.sliding_window(255, 0).encode()
+    with Watch():
+        op._attention_backward._init_fn(
+            torch.ones_like(out), torch.zeros_like(lse), q, k, v, out, lse, None, None, None, ops, ints, tensors,
+            0.25, 0.0, 0.0, None, 0, 0, None, None, wanted,
+        )  # fmt: skip
+    assert largest and max(largest) < 64 * n * 16
