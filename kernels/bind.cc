@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <array>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -19,10 +20,15 @@
     void forward(const ForwardCall&);                             \
     void stats(const StatsCall&);                                 \
     void tile(const TileCall&);                                   \
+    void backward(const BackwardCall&);                           \
+    i64 backward_memory(const BackwardCall&);                     \
     void dropout(u64, i64, i64, i64, i64, double, std::uint8_t*); \
     }
-#define REGARD_TARGET_OF(target) \
-    Target { #target, regard::target::forward, regard::target::stats, regard::target::tile, regard::target::dropout }
+#define REGARD_TARGET_OF(target)                                                                                 \
+    Target {                                                                                                     \
+        #target, regard::target::forward, regard::target::stats, regard::target::tile, regard::target::backward, \
+            regard::target::backward_memory, regard::target::dropout                                             \
+    }
 
 #if defined(__x86_64__)
 REGARD_DECLARE(avx512)
@@ -155,6 +161,41 @@ NB_MODULE(_kernels, module) {
         },
         "isa"_a, "dtype"_a, "shape"_a, "q"_a, "k"_a, "lse"_a, "out"_a, "bias"_a, "mask"_a, "scale"_a, "softcap"_a,
         "first_key"_a, "keys"_a, "stage"_a, "threads"_a);
+
+    module.def(
+        "backward",
+        [](int isa, int dtype, ShapeArgument shape, ViewArgument q, ViewArgument k, ViewArgument v, ViewArgument out,
+           ViewArgument grad_out, ViewArgument lse, ViewArgument grad_lse, ViewArgument grad_q, i64 grad_k, i64 grad_v,
+           i64 grad_diagonal, i64 diagonals, i64 last_row, ViewArgument bias, MaskArgument mask, double scale,
+           double softcap, double dropout, u64 seed, i64 first_row, i64 part_keys, int threads) {
+            BackwardCall call{scores(dtype, shape, q, k, bias, mask, scale, softcap),
+                              shape[6],
+                              view(v),
+                              view(out),
+                              view(grad_out),
+                              view(lse),
+                              view(grad_lse),
+                              view(grad_q),
+                              reinterpret_cast<void*>(grad_k),
+                              reinterpret_cast<void*>(grad_v),
+                              reinterpret_cast<void*>(grad_diagonal),
+                              diagonals,
+                              last_row,
+                              dropout,
+                              seed,
+                              first_row,
+                              part_keys,
+                              nullptr,
+                              threads};
+            nb::gil_scoped_release release;
+            const std::unique_ptr<char[]> memory(
+                new char[static_cast<std::size_t>(target(isa).backward_memory(call)) + 64]);
+            call.memory = memory.get() + (64 - reinterpret_cast<u64>(memory.get()) % 64);
+            target(isa).backward(call);
+        },
+        "isa"_a, "dtype"_a, "shape"_a, "q"_a, "k"_a, "v"_a, "out"_a, "grad_out"_a, "lse"_a, "grad_lse"_a, "grad_q"_a,
+        "grad_k"_a, "grad_v"_a, "grad_diagonal"_a, "diagonals"_a, "last_row"_a, "bias"_a, "mask"_a, "scale"_a,
+        "softcap"_a, "dropout"_a, "seed"_a, "first_row"_a, "part_keys"_a, "threads"_a);
 
     module.def(
         "dropout",

@@ -98,7 +98,7 @@ void task(const void* context, i64 index, void* memory) {
             value_rows = values;
             leading = dim;
         }
-        product<C>(value_rows, 1, leading, dim, scratch.scores, count, queries.count,
+        product<C>(value_rows, 1, leading, dim, scratch.scores, kLanes, count, queries.count,
                    [out, &factor](i64 row, int lane, Vector<C> sum) {
                        C* at = out + row * kLanes + lane;
                        store(at, load(at) * load(factor + lane) + sum);

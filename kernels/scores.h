@@ -187,18 +187,25 @@ REGARD_INLINE void load_queries(const Scores& s, const Queries& queries, C* to) 
     columns_of(rows, kLanes, s.q.col, s.head_dim, to);
 }
 
-// The scores of keys [first, first + count) up to `stage`, times `unit` (log2 e where they go on to exp2, else 1).
+// The rows of one k/v head from key `first` on, as C.
 template <class T, class C>
-REGARD_INLINE void score_tile(const Scores& s, const Queries& queries, i64 first, i64 count, int stage, double unit,
-                              const u64* words, const TileScratch<C>& scratch) {
-    i64 leading;
+REGARD_INLINE const C* head_rows(const View& view, const Queries& queries, i64 first, i64 count, i64 cols, C* buffer,
+                                 i64* leading) {
     const T* from =
-        static_cast<const T*>(s.k.data) + queries.batch * s.k.batch + queries.kv_head * s.k.head + first * s.k.row;
-    const C* keys = rows_of<T, C>(from, s.k.row, s.k.col, count, s.head_dim, scratch.keys, &leading);
+        static_cast<const T*>(view.data) + queries.batch * view.batch + queries.kv_head * view.head + first * view.row;
+    return rows_of<T, C>(from, view.row, view.col, count, cols, buffer, leading);
+}
+
+// The scores of `count` keys from `first` on, up to `stage`, times `unit` (log2 e where they go on to exp2, else 1).
+// `slope` receives 1 - tanh^2, the derivative of the cap, where there is one and the backward asks.
+template <class T, class C>
+REGARD_INLINE void score_keys(const Scores& s, const Queries& queries, const C* keys, i64 leading, i64 first, i64 count,
+                              int stage, double unit, const u64* words, const TileScratch<C>& scratch,
+                              C* slope = nullptr) {
     C* scores = scratch.scores;
     const bool capped = s.softcap != 0 && stage >= kCapped;
     const C scale = static_cast<C>(capped ? s.scale / s.softcap : s.scale * unit);
-    product<C>(keys, leading, 1, count, scratch.queries, s.head_dim, queries.count,
+    product<C>(keys, leading, 1, count, scratch.queries, kLanes, s.head_dim, queries.count,
                [scores, scale](i64 row, int lane, Vector<C> sum) { store(scores + row * kLanes + lane, sum * scale); });
     constexpr int W = kWidth<C>;
     const bool biased = s.bias.data != nullptr && stage >= kBiased;
@@ -212,13 +219,26 @@ REGARD_INLINE void score_tile(const Scores& s, const Queries& queries, i64 first
         const C cap = static_cast<C>(s.softcap * unit), factor = static_cast<C>(unit);
         for (i64 j = 0; j < count; ++j)
             for (int lane = 0; lane < queries.count; lane += W) {
-                Vector<C> x = load(scores + j * kLanes + lane);
-                if (capped) x = cap * tanh(x);
-                if (biased) x += factor * load(scratch.bias + j * kLanes + lane);
-                store(scores + j * kLanes + lane, x);
+                const i64 at = j * kLanes + lane;
+                Vector<C> x = load(scores + at);
+                if (capped) {
+                    x = tanh(x);
+                    if (slope != nullptr) store(slope + at, C(1) - x * x);
+                    x = cap * x;
+                }
+                if (biased) x += factor * load(scratch.bias + at);
+                store(scores + at, x);
             }
     }
     if (words != nullptr && stage >= kBiased) exclude<C>(words, count, queries.count, scores);
+}
+
+template <class T, class C>
+REGARD_INLINE void score_tile(const Scores& s, const Queries& queries, i64 first, i64 count, int stage, double unit,
+                              const u64* words, const TileScratch<C>& scratch) {
+    i64 leading;
+    const C* keys = head_rows<T, C>(s.k, queries, first, count, s.head_dim, scratch.keys, &leading);
+    score_keys<T, C>(s, queries, keys, leading, first, count, stage, unit, words, scratch);
 }
 
 }  // namespace regard::REGARD_TARGET

@@ -218,16 +218,17 @@ REGARD_INLINE Vector<C> sums(Vector<C> (&rows)[kWidth<C>]) {
 
 // ---- products ----
 
-// R x N vectors of out[r][lane] = sum over t < depth of a[r * a_row + t * a_step] * b[t * kLanes + lane], each sum one
+// R x N vectors of out[r][lane] = sum over t < depth of a[r * a_row + t * a_step] * b[t * b_step + lane], each sum one
 // chain in the order of t, so that a number does not depend on the block it was computed in.
 template <class C, int R, int N, class Finish>
-REGARD_INLINE void block(const C* a, i64 a_row, i64 a_step, const C* b, i64 depth, i64 row, int lane, Finish finish) {
+REGARD_INLINE void block(const C* a, i64 a_row, i64 a_step, const C* b, i64 b_step, i64 depth, i64 row, int lane,
+                         Finish finish) {
     constexpr int W = kWidth<C>;
     Vector<C> sum[R][N] = {};
     for (i64 t = 0; t < depth; ++t) {
         Vector<C> right[N];
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) right[n] = load(b + t * kLanes + n * W);
+        for (int n = 0; n < N; ++n) right[n] = load(b + t * b_step + n * W);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
             const Vector<C> left = splat(a[r * a_row + t * a_step]);
@@ -242,33 +243,38 @@ REGARD_INLINE void block(const C* a, i64 a_row, i64 a_step, const C* b, i64 dept
 }
 
 template <class C, int R, int N, class Finish>
-REGARD_INLINE void block_of_at_most(const C* a, i64 a_row, i64 a_step, const C* b, i64 depth, i64 row, i64 rows,
-                                    int lane, Finish finish) {
+REGARD_INLINE void block_of_at_most(const C* a, i64 a_row, i64 a_step, const C* b, i64 b_step, i64 depth, i64 row,
+                                    i64 rows, int lane, Finish finish) {
     if constexpr (R > 0) {
-        if (rows == R) return block<C, R, N>(a, a_row, a_step, b, depth, row, lane, finish);
-        block_of_at_most<C, R - 1, N>(a, a_row, a_step, b, depth, row, rows, lane, finish);
+        if (rows == R) return block<C, R, N>(a, a_row, a_step, b, b_step, depth, row, lane, finish);
+        block_of_at_most<C, R - 1, N>(a, a_row, a_step, b, b_step, depth, row, rows, lane, finish);
     }
 }
 
 template <class C, int R, int N, class Finish>
-__attribute__((noinline)) void column_of_blocks(const C* a, i64 a_row, i64 a_step, i64 rows, const C* b, i64 depth,
-                                                int lane, Finish finish) {
+__attribute__((noinline)) void column_of_blocks(const C* a, i64 a_row, i64 a_step, i64 rows, const C* b, i64 b_step,
+                                                i64 depth, int lane, Finish finish) {
     i64 row = 0;
     for (; row + R <= rows; row += R)
-        block<C, R, N>(a + row * a_row, a_row, a_step, b + lane, depth, row, lane, finish);
-    block_of_at_most<C, R - 1, N>(a + row * a_row, a_row, a_step, b + lane, depth, row, rows - row, lane, finish);
+        block<C, R, N>(a + row * a_row, a_row, a_step, b + lane, b_step, depth, row, lane, finish);
+    block_of_at_most<C, R - 1, N>(a + row * a_row, a_row, a_step, b + lane, b_step, depth, row, rows - row, lane,
+                                  finish);
 }
 
-// finish(row, lane, sums) for all rows < rows and vectors that hold a lane < lanes. Few lanes (decoding) take taller
-// blocks.
+// finish(row, lane, sums) for all rows < rows and lanes < lanes, and lanes beyond up to a multiple of kLanes: b and
+// what finish writes must be so wide. Few lanes (decoding) take taller blocks.
 template <class C, class Finish>
-REGARD_INLINE void product(const C* a, i64 a_row, i64 a_step, i64 rows, const C* b, i64 depth, int lanes,
+REGARD_INLINE void product(const C* a, i64 a_row, i64 a_step, i64 rows, const C* b, i64 b_step, i64 depth, i64 lanes,
                            Finish finish) {
     constexpr int W = kWidth<C>, N = kBlockVectors;
-    int lane = 0;
-    for (; lanes - lane > W; lane += N * W)
-        column_of_blocks<C, kBlockRows, N>(a, a_row, a_step, rows, b, depth, lane, finish);
-    if (lane < lanes) column_of_blocks<C, 2 * kBlockRows, 1>(a, a_row, a_step, rows, b, depth, lane, finish);
+    for (int lane = 0; lane < lanes; lane += N * W) {
+        if (lanes - lane <= W)
+            column_of_blocks<C, 2 * kBlockRows, 1>(a, a_row, a_step, rows, b, b_step, depth, lane, finish);
+        else if (N > 2 && lanes - lane <= 2 * W)
+            column_of_blocks<C, N * kBlockRows / 2, 2>(a, a_row, a_step, rows, b, b_step, depth, lane, finish);
+        else
+            column_of_blocks<C, kBlockRows, N>(a, a_row, a_step, rows, b, b_step, depth, lane, finish);
+    }
 }
 
 }  // namespace regard::REGARD_TARGET

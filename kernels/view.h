@@ -70,6 +70,24 @@ struct StatsCall {
     int threads;
 };
 
+// Gradients of attention from the forward's out and lse. Inputs are finite wherever the mask hides some of them.
+struct BackwardCall {
+    Scores scores;
+    i64 head_dim_v;
+    View v, out, grad_out, lse, grad_lse;
+    View grad_q;            // in the inputs' dtype
+    void *grad_k, *grad_v;  // (batch, num_kv_heads, seq_len_kv, head_dim or head_dim_v), added to
+    void* grad_diagonal;    // (key parts, batch, num_heads, diagonals), zeroed by the caller, or null; entry j - i +
+                            // last_row
+    i64 diagonals, last_row;
+    double dropout;
+    u64 seed;
+    i64 first_row;
+    i64 part_keys;  // keys of one part: a multiple of 4 tiles, decided by seq_len_kv alone
+    void* memory;   // backward_memory(call) bytes
+    int threads;
+};
+
 enum Stage : int { kScaled = 0, kCapped = 1, kBiased = 2, kWeights = 3 };
 
 // A tile of the scores or weights: the queries of `scores` against keys [first_key, first_key + keys).
@@ -87,6 +105,8 @@ struct Target {
     void (*forward)(const ForwardCall&);
     void (*stats)(const StatsCall&);
     void (*tile)(const TileCall&);
+    void (*backward)(const BackwardCall&);
+    i64 (*backward_memory)(const BackwardCall&);
     void (*dropout)(u64 seed, i64 batch, i64 head, i64 row, i64 keys, double probability, std::uint8_t* keep);
 };
 

@@ -1,8 +1,9 @@
-"""The gradient of attention, recomputed from q, k, v and lse a panel of rows at a time.
+"""The gradient of attention, recomputed from q, k, v and lse tile by tile.
 
 Enters: the inputs, out, lse and their upstream gradients.
 Leaves: gradients of q, k, v, bias and sinks, summed in float32 (float64 for float64), at O(n) memory.
-Floor 2: torch products over the panels of `plan`; the dropout pattern is told again by the kernel.
+Floor 2: the backward kernel; torch products over panels of rows where a dense bias wants its gradient, or where NaN or
+inf hide behind a mask.
 
 For query i and key j, with p = exp(score - lse) (FlashAttention-2, Dao 2023, Alg. 2):
 
@@ -14,6 +15,7 @@ For query i and key j, with p = exp(score - lse) (FlashAttention-2, Dao 2023, Al
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -66,6 +68,77 @@ def gradients(
     Args:
         wanted: for q, k, v, bias, diagonal, sinks: whether its gradient is.
     """
+    no_key = lse == -math.inf
+    grad_sinks = None
+    if sinks is not None and wanted[5]:
+        common = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1) - grad_lse
+        shift = torch.where(no_key, 0.0, lse)
+        per_row = -torch.exp(sinks.to(lse.dtype).view(1, -1, 1) - shift) * common
+        grad_sinks = per_row.where(~no_key, 0.0).sum((0, 2)).to(sinks.dtype)
+    inputs = (grad_out, grad_lse, q, k, v, out, lse)
+    terms = {
+        "bias": bias, "diagonal": diagonal, "mask": mask, "frame": frame, "scale": scale, "softcap": softcap,
+        "dropout": dropout, "seed": seed, "wanted": wanted,
+    }  # fmt: skip
+    dense = bias is not None and wanted[3]
+    # NaN or inf that the mask hides must be kept from the products; a sum tells at the cost of one reading.
+    finite = mask is None or all(bool(t.sum(dtype=lse.dtype).isfinite()) for t in (q, k, v, grad_out))
+    found = _by_panels(*inputs, **terms) if dense or not finite else _by_kernel(*inputs, **terms)
+    return dataclasses.replace(found, sinks=grad_sinks)
+
+
+def _by_kernel(
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *,
+    bias: Tensor | None, diagonal: Tensor | None, mask: Mask | None, frame: Frame, scale: float, softcap: float,
+    dropout: float, seed: int, wanted: tuple[bool, ...],
+) -> Gradients:  # fmt: skip
+    """Every gradient but a dense bias's, by kernels/backward.cc."""
+    batch, num_heads, seq_len_q, head_dim = q.shape
+    num_kv_heads, seq_len_kv, head_dim_v = k.shape[1], k.shape[2], v.shape[3]
+    grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
+    grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+    grad_k = torch.zeros(k.shape, dtype=lse.dtype)
+    grad_v = torch.zeros(v.shape, dtype=lse.dtype)
+    # Parts of the keys, each with its own sum for dq: by the number of keys alone, so that no bit depends on threads.
+    part_keys = max(512, -(-seq_len_kv // (4 * 256)) * 256)
+    parts = -(-seq_len_kv // part_keys)
+    diagonals = seq_len_q + seq_len_kv - 1
+    grad_diagonal = None
+    if diagonal is not None and wanted[4]:
+        grad_diagonal = torch.zeros(parts, batch, num_heads, diagonals, dtype=lse.dtype)
+    threads = native.threads(batch * num_heads * seq_len_q * seq_len_kv * (head_dim + head_dim_v))
+    for panel in plan.panels(mask, frame):
+        first, count = panel.rows.start, len(panel.rows)
+        native.kernels().backward(
+            native.isa_number(), native.DTYPES[q.dtype],
+            (batch, num_heads, num_kv_heads, count, seq_len_kv, head_dim, head_dim_v),
+            native.down(native.operand(q), q, first), native.operand(k), native.operand(v),
+            native.down(native.operand(out), out, first), native.down(native.operand(grad_out), grad_out, first),
+            native.rows_view(lse, first), native.rows_view(grad_lse, first),
+            native.down(native.operand(grad_q), grad_q, first), grad_k.data_ptr(), grad_v.data_ptr(),
+            0 if grad_diagonal is None else grad_diagonal.data_ptr(), diagonals, seq_len_q - 1,
+            native.bias_view(bias, diagonal, first, seq_len_q), panel.argument(), scale, softcap, dropout, seed, first,
+            part_keys, threads,
+        )  # fmt: skip
+    of_diagonal = None
+    if grad_diagonal is not None and diagonal is not None:
+        of_diagonal = grad_diagonal.sum(0).sum_to_size(diagonal.shape).to(diagonal.dtype)
+    return Gradients(
+        grad_q if wanted[0] else None,
+        grad_k.to(k.dtype) if wanted[1] else None,
+        grad_v.to(v.dtype) if wanted[2] else None,
+        None,
+        of_diagonal,
+        None,
+    )
+
+
+def _by_panels(
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *,
+    bias: Tensor | None, diagonal: Tensor | None, mask: Mask | None, frame: Frame, scale: float, softcap: float,
+    dropout: float, seed: int, wanted: tuple[bool, ...],
+) -> Gradients:  # fmt: skip
+    """The same by torch products, a panel of rows at a time."""
     wide = lse.dtype
     num_kv_heads, group = k.shape[1], q.shape[1] // max(1, k.shape[1])
     no_key = lse == -math.inf
@@ -79,9 +152,6 @@ def gradients(
     grad_v = torch.zeros(v.shape, dtype=wide)
     grad_bias = torch.zeros(bias.shape, dtype=wide) if bias is not None and wanted[3] else None
     grad_diagonal = torch.zeros(diagonal.shape, dtype=wide) if diagonal is not None and wanted[4] else None
-    grad_sinks = None
-    if sinks is not None and wanted[5]:
-        grad_sinks = (-torch.exp(sinks.to(wide).view(1, -1, 1) - shift) * common).where(~no_key, 0.0).sum((0, 2))
 
     most = max(1, min(256, _PAIRS // max(1, q.shape[0] * q.shape[1] * k.shape[2])))
     for panel in plan.panels(mask, frame, most=most):
@@ -139,7 +209,7 @@ def gradients(
         v=grad_v.to(v.dtype) if wanted[2] else None,
         bias=None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
         diagonal=None if grad_diagonal is None or diagonal is None else grad_diagonal.to(diagonal.dtype),
-        sinks=None if grad_sinks is None or sinks is None else grad_sinks.to(sinks.dtype),
+        sinks=None,
     )
 
 

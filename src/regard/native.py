@@ -121,6 +121,11 @@ def operand(t: Tensor) -> View:
     return (t.data_ptr(), s0, s1, s2, s3 if t.shape[3] > 1 else 1)
 
 
+def down(view: View, t: Tensor, rows: int) -> View:
+    """The view of `t` from row `rows` on."""
+    return (view[0] + rows * view[3] * t.element_size(), *view[1:])
+
+
 def rows_view(t: Tensor, first: int = 0) -> View:
     """Address, from row `first`, and strides of a (batch, num_heads, seq_len_q) tensor."""
     s0, s1, s2 = t.stride()

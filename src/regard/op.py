@@ -123,10 +123,10 @@ def _forward(
             isa,
             dtype,
             (*shape[:3], count, *shape[4:]),
-            _down(q_view, q, first),
+            native.down(q_view, q, first),
             k_view,
             v_view,
-            _down(out_view, out, first),
+            native.down(out_view, out, first),
             native.rows_view(lse, first),
             native.bias_view(bias, diagonal, first, frame.seq_len_q),
             0 if sinks is None else sinks.data_ptr(),
@@ -153,11 +153,6 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _shape(q: Tensor, k: Tensor, head_dim_v: int) -> tuple[int, ...]:
     batch, num_heads, seq_len_q, head_dim = q.shape
     return (batch, num_heads, k.shape[1], seq_len_q, k.shape[2], head_dim, head_dim_v)
-
-
-def _down(view: native.View, t: Tensor, rows: int) -> native.View:
-    """The view from row `rows` on."""
-    return (view[0] + rows * view[3] * t.element_size(), *view[1:])
 
 
 # ---- torch.library ----
@@ -364,7 +359,7 @@ def statistics(
             isa,
             dtype,
             (*shape[:3], count, *shape[4:]),
-            _down(native.operand(q), q, first),
+            native.down(native.operand(q), q, first),
             native.operand(k),
             native.rows_view(lse, first),
             native.bias_view(bias, diagonal, first, n),
@@ -382,7 +377,7 @@ def statistics(
             rows,
             cols,
             *(
-                _down(native.operand(found[name]), found[name], block_row) if block else native.ABSENT
+                native.down(native.operand(found[name]), found[name], block_row) if block else native.ABSENT
                 for name in ("block_mass", "block_max")
             ),
             chunk,
@@ -434,10 +429,10 @@ def tile(
             native.isa_number(),
             native.DTYPES[q.dtype],
             (*shape[:3], count, *shape[4:]),
-            _down(native.operand(q), q, first),
+            native.down(native.operand(q), q, first),
             native.operand(k),
             native.ABSENT if lse is None else native.rows_view(lse, first),
-            _down(out_view, out, first - rows.start),
+            native.down(out_view, out, first - rows.start),
             native.bias_view(bias, diagonal, first, frame.seq_len_q),
             panel.argument(),
             scale,

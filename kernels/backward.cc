@@ -1,0 +1,326 @@
+// Attention backward: gradients of q, k, v and of a diagonal bias, weights recomputed from lse.
+// Enters: a BackwardCall. Leaves: grad_q; grad_k and grad_v added to; diagonal sums by part.
+//
+// Three passes over tasks, each writing what no other task of its pass writes:
+//   1. for each 64 queries: rows of (lse, do . out - dlse), and the key tiles that the mask keeps.
+//   2. for each k/v head and part of the keys, for each 256 of its keys, for each 64 queries that see any:
+//        for each of the 4 key tiles:  Sᵀ = K Qᵀ, P = 2^(S - lse);  dPᵀ = V dOᵀ;  dS = P (dP - do . out + dlse)
+//          dV += Pᵀ dO;  dK += dSᵀ Q;  dQ += dS K
+//      dK and dV of the 256 keys stay in L2; dQ of a part goes to memory of its own.
+//   3. for each 64 queries: the parts of dQ added up, in order.
+// The parts depend on the number of keys alone, so the bits do not depend on the threads. Bytes: k and v once; q, do
+// and dQ once for each 256 keys; parts x seq_len_q x head_dim floats of memory besides; nothing quadratic.
+// FlashAttention-2 (Dao 2023), Alg. 2.
+#include "dropout.h"
+#include "scores.h"
+#include "softmax.h"
+#include "threads.h"
+
+namespace regard::REGARD_TARGET {
+namespace {
+
+constexpr i64 kSpan = 4;  // key tiles for which 64 queries are packed once
+
+// Rows of a scratch matrix that is the right side of a product: a multiple of the lanes.
+REGARD_INLINE i64 padded(i64 dim) { return (dim + kLanes - 1) / kLanes * kLanes; }
+
+// What the passes leave each other: one entry for each (batch, k/v head, 64 queries of its group).
+template <class C>
+struct Workspace {
+    i64 tiles, entries, parts, width;
+    std::int32_t* tiles_seen;  // (entries, 2): first and last key tile
+    std::uint8_t* touched;     // (parts, entries): whether grad_q has been begun
+    C *lse, *common;           // (entries, kLanes)
+    C* grad_q;                 // (parts, entries, kLanes, width)
+    i64 bytes;
+
+    explicit Workspace(const BackwardCall& call) {
+        const Scores& s = call.scores;
+        tiles = (s.num_heads / s.num_kv_heads * s.seq_len_q + kLanes - 1) / kLanes;
+        entries = s.batch * s.num_kv_heads * tiles;
+        parts = (s.seq_len_kv + call.part_keys - 1) / call.part_keys;
+        width = padded(s.head_dim);
+        char* at = static_cast<char*>(call.memory);
+        const auto take = [&at](i64 size) {
+            char* begin = at;
+            at += (size + 63) / 64 * 64;
+            return begin;
+        };
+        lse = reinterpret_cast<C*>(take(entries * kLanes * i64{sizeof(C)}));
+        common = reinterpret_cast<C*>(take(entries * kLanes * i64{sizeof(C)}));
+        grad_q = reinterpret_cast<C*>(take(parts * entries * kLanes * width * i64{sizeof(C)}));
+        tiles_seen = reinterpret_cast<std::int32_t*>(take(entries * 8));
+        touched = reinterpret_cast<std::uint8_t*>(take(parts * entries));
+        bytes = at - static_cast<char*>(call.memory);
+    }
+};
+
+REGARD_INLINE void place(const Scores& s, i64 tiles, i64 entry, Queries* queries) {
+    const i64 rows = s.num_heads / s.num_kv_heads * s.seq_len_q, tile = entry % tiles;
+    queries->place(s, entry / tiles / s.num_kv_heads, entry / tiles % s.num_kv_heads, tile * kLanes,
+                   rows < (tile + 1) * kLanes ? rows : (tile + 1) * kLanes);
+}
+
+template <class T, class C>
+void prepare(const void* context, i64 entry, void*) {
+    const BackwardCall& call = *static_cast<const BackwardCall*>(context);
+    const Workspace<C> work(call);
+    Queries queries;
+    place(call.scores, work.tiles, entry, &queries);
+    Visible visible;
+    visible.look(call.scores, queries);
+    work.tiles_seen[2 * entry] = static_cast<std::int32_t>(visible.first_tile);
+    work.tiles_seen[2 * entry + 1] = static_cast<std::int32_t>(visible.last_tile);
+    for (i64 part = 0; part < work.parts; ++part) work.touched[part * work.entries + entry] = 0;
+    for (int lane = 0; lane < kLanes; ++lane) {
+        C lse = 0, common = 0;
+        if (lane < queries.count && *queries.at<C>(call.lse, lane) != -kInfinity<C>) {  // a row without keys has none
+            const T* out = queries.at<T>(call.out, lane);
+            const T* grad = queries.at<T>(call.grad_out, lane);
+            C sum[8] = {};
+            for (i64 c = 0; c < call.head_dim_v; ++c)
+                sum[c % 8] += widen(out[c * call.out.col]) * widen(grad[c * call.grad_out.col]);
+            common = ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+            common -= *queries.at<C>(call.grad_lse, lane);
+            lse = *queries.at<C>(call.lse, lane) * static_cast<C>(kLog2E);
+        }
+        work.lse[entry * kLanes + lane] = lse;
+        work.common[entry * kLanes + lane] = common;
+    }
+}
+
+// One row a query, padded with zeros to a whole tile.
+template <class T, class C>
+void load_rows(const View& view, const Queries& queries, i64 dim, i64 width, C* to) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+        C* row = to + lane * width;
+        i64 c = 0;
+        if (lane < queries.count) {
+            const T* from = queries.at<T>(view, lane);
+            if (view.col == 1)
+                for (; c + kWidth<C> <= dim; c += kWidth<C>) store(row + c, widen_vector(from + c));
+            for (; c < dim; ++c) row[c] = widen(from[c * view.col]);
+        }
+        for (; c < width; ++c) row[c] = 0;
+    }
+}
+
+template <class C>
+void zero(C* to, i64 count) {
+    for (i64 i = 0; i < count; ++i) to[i] = 0;
+}
+
+template <class C>
+void add(C* to, const C* from, i64 rows, i64 cols, i64 width) {
+    for (i64 r = 0; r < rows; ++r)
+        for (i64 c = 0; c < cols; ++c) to[r * cols + c] += from[r * width + c];
+}
+
+// out[row][lane] += sum_t a[row * a_row + t * a_step] b[t][lane]
+template <class C>
+REGARD_INLINE void product_onto(const C* a, i64 a_row, i64 a_step, i64 rows, const C* b, i64 width, i64 depth, i64 cols,
+                                C* out) {
+    product<C>(a, a_row, a_step, rows, b, width, depth, cols, [out, width](i64 row, int lane, Vector<C> sum) {
+        C* at = out + row * width + lane;
+        store(at, load(at) + sum);
+    });
+}
+
+// Sums of a tile of dS along its diagonals, entry (key - query + last_row) of the query's head.
+template <class C>
+void add_diagonals(const BackwardCall& call, const Queries& queries, i64 part, i64 first, i64 count, const C* grads) {
+    const Scores& s = call.scores;
+    for (int lane = 0; lane < queries.count; ++lane) {
+        C* to = static_cast<C*>(call.grad_diagonal) +
+                ((part * s.batch + queries.batch) * s.num_heads + queries.head[lane]) * call.diagonals +
+                (first - queries.row[lane] + call.last_row - call.first_row);
+        for (i64 j = 0; j < count; ++j) to[j] += grads[j * kLanes + lane];
+    }
+}
+
+template <class C>
+struct Buffers {
+    TileScratch<C> tile;
+    C *grads, *slope, *kept;             // (kKeys, kLanes): dP then dS; derivative of the cap; P after dropout
+    C *rows, *grad_rows, *grad_columns;  // Q, dO (kLanes, width); dOᵀ (head_dim_v, kLanes)
+    C *keys, *values;                    // (kSpan kKeys, width), head_dim_v wide as widened rows
+    C *grad_keys, *grad_values, *grad_q;
+
+    static i64 size(const BackwardCall& call) {
+        const i64 d = padded(call.scores.head_dim), e = padded(call.head_dim_v), span = kSpan * kKeys;
+        return TileScratch<C>::size(call.scores) + 3 * kKeys * kLanes + kLanes * (2 * d + 2 * e) + 2 * span * (d + e);
+    }
+    Buffers(const BackwardCall& call, C* from) : tile(call.scores, from) {
+        const i64 d = padded(call.scores.head_dim), e = padded(call.head_dim_v), span = kSpan * kKeys;
+        grads = from + TileScratch<C>::size(call.scores);
+        slope = grads + kKeys * kLanes;
+        kept = slope + kKeys * kLanes;
+        rows = kept + kKeys * kLanes;
+        grad_rows = rows + kLanes * d;
+        grad_columns = grad_rows + kLanes * e;
+        grad_q = grad_columns + kLanes * e;
+        keys = grad_q + kLanes * d;
+        values = keys + span * d;
+        grad_keys = values + span * e;
+        grad_values = grad_keys + span * d;
+    }
+};
+
+// dS from the scores (in place of P) and dP: everything between the products.
+template <class C>
+void score_gradients(const BackwardCall& call, const Queries& queries, i64 first, i64 count, i64 part, const C* lse,
+                     const C* common, const Buffers<C>& b) {
+    constexpr int W = kWidth<C>;
+    C *scores = b.tile.scores, *grads = b.grads;
+    const Vector<C> minus_infinity = splat(-kInfinity<C>);
+    if (call.dropout != 0) drop<C>(call.seed, queries, call.first_row, first, count, call.dropout, grads);
+    const bool capped = call.scores.softcap != 0, diagonal = call.grad_diagonal != nullptr;
+    const C scale = static_cast<C>(call.scores.scale), before = capped || diagonal ? C(1) : scale;
+    for (int lane = 0; lane < queries.count; lane += W) {
+        const Vector<C> shift = load(lse + lane), rest = load(common + lane);
+        for (i64 j = 0; j < count; ++j) {
+            const i64 at = j * kLanes + lane;
+            const Vector<C> s = load(scores + at), p = exp2(s - shift);
+            const Vector<C> grad = p * (load(grads + at) - rest) * before;
+            store(scores + at, p);
+            store(grads + at, s == minus_infinity ? Vector<C>{} : grad);  // dP of a hidden key may be anything
+        }
+    }
+    if (diagonal) add_diagonals(call, queries, part, first, count, grads);
+    if (capped || diagonal)
+        for (i64 j = 0; j < count; ++j)
+            for (int lane = 0; lane < queries.count; lane += W) {
+                const i64 at = j * kLanes + lane;
+                store(grads + at, load(grads + at) * scale * (capped ? load(b.slope + at) : splat(C(1))));
+            }
+    if (call.dropout != 0) drop<C>(call.seed, queries, call.first_row, first, count, call.dropout, scores);
+}
+
+template <class T, class C>
+void part_task(const void* context, i64 index, void* memory) {
+    const BackwardCall& call = *static_cast<const BackwardCall*>(context);
+    const Scores& s = call.scores;
+    const Workspace<C> work(call);
+    const Buffers<C> b(call, static_cast<C*>(memory));
+    const i64 part = index / (s.batch * s.num_kv_heads), head = index % (s.batch * s.num_kv_heads);
+    const i64 d = s.head_dim, e = call.head_dim_v, wide_d = padded(d), wide_e = padded(e);
+    const i64 end = (part + 1) * call.part_keys < s.seq_len_kv ? (part + 1) * call.part_keys : s.seq_len_kv;
+
+    Queries queries;
+    Visible visible;
+    for (i64 start = part * call.part_keys; start < end; start += kSpan * kKeys) {
+        const i64 keys = end - start < kSpan * kKeys ? end - start : kSpan * kKeys;
+        const i64 first_tile = start / kKeys, last_tile = (start + keys + kKeys - 1) / kKeys;
+        bool loaded = false;
+        i64 values_step = 0;
+        const C* values = nullptr;
+        for (i64 tile = 0; tile < work.tiles; ++tile) {
+            const i64 entry = head * work.tiles + tile;
+            const i64 from = work.tiles_seen[2 * entry] > first_tile ? work.tiles_seen[2 * entry] : first_tile;
+            const i64 to = work.tiles_seen[2 * entry + 1] < last_tile ? work.tiles_seen[2 * entry + 1] : last_tile;
+            if (from >= to) continue;
+            place(s, work.tiles, entry, &queries);
+            visible.look(s, queries);
+            bool packed = false;
+            for (i64 j = from; j < to; ++j) {
+                const Cover cover = visible.cover(j);
+                if (cover == Cover::none) continue;
+                if (!loaded) {
+                    loaded = true;
+                    const T* k =
+                        static_cast<const T*>(s.k.data) + queries.batch * s.k.batch + queries.kv_head * s.k.head;
+                    for (i64 r = 0; r < keys; ++r) {
+                        const T* row = k + (start + r) * s.k.row;
+                        for (i64 c = 0; c < wide_d; ++c)
+                            b.keys[r * wide_d + c] = c < d ? widen(row[c * s.k.col]) : C(0);
+                    }
+                    values = head_rows<T, C>(call.v, queries, start, keys, e, b.values, &values_step);
+                    zero(b.grad_keys, keys * wide_d);
+                    zero(b.grad_values, keys * wide_e);
+                }
+                if (!packed) {
+                    packed = true;
+                    load_queries<T, C>(s, queries, b.tile.queries);
+                    load_rows<T, C>(s.q, queries, d, wide_d, b.rows);
+                    load_rows<T, C>(call.grad_out, queries, e, wide_e, b.grad_rows);
+                    const C* columns[kLanes];
+                    for (int lane = 0; lane < kLanes; ++lane) columns[lane] = b.grad_rows + lane * wide_e;
+                    columns_of(columns, kLanes, 1, e, b.grad_columns);
+                    zero(b.grad_q, kLanes * wide_d);
+                }
+                const i64 first = j * kKeys, at = first - start, count = end - first < kKeys ? end - first : kKeys;
+                const C* key_rows = b.keys + at * wide_d;
+                score_keys<T, C>(s, queries, key_rows, wide_d, first, count, kBiased, kLog2E,
+                                 cover == Cover::some ? visible.words : nullptr, b.tile, b.slope);
+                C* grads = b.grads;
+                product<C>(values + at * values_step, values_step, 1, count, b.grad_columns, kLanes, e, queries.count,
+                           [grads](i64 row, int lane, Vector<C> sum) { store(grads + row * kLanes + lane, sum); });
+                score_gradients<C>(call, queries, first, count, part, work.lse + entry * kLanes,
+                                   work.common + entry * kLanes, b);
+                product_onto<C>(b.tile.scores, kLanes, 1, count, b.grad_rows, wide_e, queries.count, e,
+                                b.grad_values + at * wide_e);
+                product_onto<C>(b.grads, kLanes, 1, count, b.rows, wide_d, queries.count, d, b.grad_keys + at * wide_d);
+                product_onto<C>(b.grads, 1, kLanes, queries.count, key_rows, wide_d, count, d, b.grad_q);
+            }
+            if (!packed) continue;
+            C* sum = work.grad_q + (part * work.entries + entry) * kLanes * wide_d;
+            std::uint8_t& touched = work.touched[part * work.entries + entry];
+            for (i64 i = 0; i < queries.count * wide_d; i += kWidth<C>)
+                store(sum + i, touched ? load(sum + i) + load(b.grad_q + i) : load(b.grad_q + i));
+            touched = 1;
+        }
+        if (!loaded) continue;
+        add(static_cast<C*>(call.grad_k) + (head * s.seq_len_kv + start) * d, b.grad_keys, keys, d, wide_d);
+        add(static_cast<C*>(call.grad_v) + (head * s.seq_len_kv + start) * e, b.grad_values, keys, e, wide_e);
+    }
+}
+
+template <class T, class C>
+void join(const void* context, i64 entry, void* memory) {
+    const BackwardCall& call = *static_cast<const BackwardCall*>(context);
+    const Workspace<C> work(call);
+    Queries queries;
+    place(call.scores, work.tiles, entry, &queries);
+    C* sum = static_cast<C*>(memory);
+    zero(sum, kLanes * work.width);
+    for (i64 part = 0; part < work.parts; ++part) {
+        if (!work.touched[part * work.entries + entry]) continue;
+        const C* from = work.grad_q + (part * work.entries + entry) * kLanes * work.width;
+        for (i64 i = 0; i < queries.count * work.width; i += kWidth<C>) store(sum + i, load(sum + i) + load(from + i));
+    }
+    for (int lane = 0; lane < queries.count; ++lane) {
+        T* to = queries.at<T>(call.grad_q, lane);
+        for (i64 c = 0; c < call.scores.head_dim; ++c) narrow(sum[lane * work.width + c], to + c * call.grad_q.col);
+    }
+}
+
+template <class T, class C>
+void run(const BackwardCall& call) {
+    const Workspace<C> work(call);
+    const Scores& s = call.scores;
+    parallel(work.entries, call.threads, 0, prepare<T, C>, &call);
+    parallel(work.parts * s.batch * s.num_kv_heads, call.threads, Buffers<C>::size(call) * i64{sizeof(C)},
+             part_task<T, C>, &call);
+    parallel(work.entries, call.threads, kLanes * work.width * i64{sizeof(C)}, join<T, C>, &call);
+}
+
+}  // namespace
+
+i64 backward_memory(const BackwardCall& call) {
+    return call.scores.dtype == kFloat64 ? Workspace<double>(call).bytes : Workspace<float>(call).bytes;
+}
+
+void backward(const BackwardCall& call) {
+    switch (call.scores.dtype) {
+        case kFloat32:
+            return run<float, float>(call);
+        case kBFloat16:
+            return run<BFloat16, float>(call);
+        case kFloat16:
+            return run<Float16, float>(call);
+        default:
+            return run<double, double>(call);
+    }
+}
+
+}  // namespace regard::REGARD_TARGET
