@@ -89,19 +89,32 @@ void prepare(const void* context, i64 entry, void*) {
     }
 }
 
-// One row a query, padded with zeros to a whole tile.
+// One row, padded with zeros to `width`; no row: zeros.
+template <class T, class C>
+REGARD_INLINE void load_row(const T* from, i64 col, i64 dim, i64 width, C* to) {
+    i64 c = 0;
+    if (from != nullptr) {
+        if (col == 1)
+            for (; c + kWidth<C> <= dim; c += kWidth<C>) store(to + c, widen_vector(from + c));
+        for (; c < dim; ++c) to[c] = widen(from[c * col]);
+    }
+    for (; c < width; ++c) to[c] = 0;
+}
+
+// One row a query.
 template <class T, class C>
 void load_rows(const View& view, const Queries& queries, i64 dim, i64 width, C* to) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-        C* row = to + lane * width;
-        i64 c = 0;
-        if (lane < queries.count) {
-            const T* from = queries.at<T>(view, lane);
-            if (view.col == 1)
-                for (; c + kWidth<C> <= dim; c += kWidth<C>) store(row + c, widen_vector(from + c));
-            for (; c < dim; ++c) row[c] = widen(from[c * view.col]);
-        }
-        for (; c < width; ++c) row[c] = 0;
+    for (int lane = 0; lane < kLanes; ++lane)
+        load_row(lane < queries.count ? queries.at<T>(view, lane) : nullptr, view.col, dim, width, to + lane * width);
+}
+
+// Rows that hold NaN or inf, as zeros: 0 · NaN would carry them past the mask. A dS that may see such a row is NaN
+// already, and NaN · 0 is NaN.
+template <class C>
+void finite_rows(const C* from, i64 rows, i64 width, C* to) {
+    for (i64 r = 0; r < rows; ++r) {
+        const bool finite = all_finite(from + r * width, width, 1, width);
+        for (i64 c = 0; c < width; ++c) to[r * width + c] = finite ? from[r * width + c] : C(0);
     }
 }
 
@@ -141,26 +154,26 @@ void add_diagonals(const BackwardCall& call, const Queries& queries, i64 part, i
 template <class C>
 struct Buffers {
     TileScratch<C> tile;
-    C *grads, *slope, *kept;             // (kKeys, kLanes): dP then dS; derivative of the cap; P after dropout
+    C *grads, *slope;                    // (kKeys, kLanes): dP then dS; derivative of the cap
     C *rows, *grad_rows, *grad_columns;  // Q, dO (kLanes, width); dOᵀ (head_dim_v, kLanes)
-    C *keys, *values;                    // (kSpan kKeys, width), head_dim_v wide as widened rows
+    C *keys, *clean_keys, *values;       // (kSpan kKeys, width)
     C *grad_keys, *grad_values, *grad_q;
 
     static i64 size(const BackwardCall& call) {
         const i64 d = padded(call.scores.head_dim), e = padded(call.head_dim_v), span = kSpan * kKeys;
-        return TileScratch<C>::size(call.scores) + 3 * kKeys * kLanes + kLanes * (2 * d + 2 * e) + 2 * span * (d + e);
+        return TileScratch<C>::size(call.scores) + 2 * kKeys * kLanes + 2 * kLanes * (d + e) + span * (3 * d + 2 * e);
     }
     Buffers(const BackwardCall& call, C* from) : tile(call.scores, from) {
         const i64 d = padded(call.scores.head_dim), e = padded(call.head_dim_v), span = kSpan * kKeys;
         grads = from + TileScratch<C>::size(call.scores);
         slope = grads + kKeys * kLanes;
-        kept = slope + kKeys * kLanes;
-        rows = kept + kKeys * kLanes;
+        rows = slope + kKeys * kLanes;
         grad_rows = rows + kLanes * d;
         grad_columns = grad_rows + kLanes * e;
         grad_q = grad_columns + kLanes * e;
         keys = grad_q + kLanes * d;
-        values = keys + span * d;
+        clean_keys = keys + span * d;
+        values = clean_keys + span * d;
         grad_keys = values + span * e;
         grad_values = grad_keys + span * d;
     }
@@ -191,7 +204,9 @@ void score_gradients(const BackwardCall& call, const Queries& queries, i64 first
         for (i64 j = 0; j < count; ++j)
             for (int lane = 0; lane < queries.count; lane += W) {
                 const i64 at = j * kLanes + lane;
-                store(grads + at, load(grads + at) * scale * (capped ? load(b.slope + at) : splat(C(1))));
+                const Vector<C> grad = load(grads + at);
+                const Vector<C> scaled = grad * scale * (capped ? load(b.slope + at) : splat(C(1)));
+                store(grads + at, grad == C(0) ? grad : scaled);  // a hidden key's slope may be NaN
             }
     if (call.dropout != 0) drop<C>(call.seed, queries, call.first_row, first, count, call.dropout, scores);
 }
@@ -213,7 +228,7 @@ void part_task(const void* context, i64 index, void* memory) {
         const i64 first_tile = start / kKeys, last_tile = (start + keys + kKeys - 1) / kKeys;
         bool loaded = false;
         i64 values_step = 0;
-        const C* values = nullptr;
+        const C *values = nullptr, *clean = nullptr;
         for (i64 tile = 0; tile < work.tiles; ++tile) {
             const i64 entry = head * work.tiles + tile;
             const i64 from = work.tiles_seen[2 * entry] > first_tile ? work.tiles_seen[2 * entry] : first_tile;
@@ -229,11 +244,10 @@ void part_task(const void* context, i64 index, void* memory) {
                     loaded = true;
                     const T* k =
                         static_cast<const T*>(s.k.data) + queries.batch * s.k.batch + queries.kv_head * s.k.head;
-                    for (i64 r = 0; r < keys; ++r) {
-                        const T* row = k + (start + r) * s.k.row;
-                        for (i64 c = 0; c < wide_d; ++c)
-                            b.keys[r * wide_d + c] = c < d ? widen(row[c * s.k.col]) : C(0);
-                    }
+                    for (i64 r = 0; r < keys; ++r)
+                        load_row(k + (start + r) * s.k.row, s.k.col, d, wide_d, b.keys + r * wide_d);
+                    clean = all_finite(b.keys, wide_d, keys, wide_d) ? b.keys : b.clean_keys;
+                    if (clean != b.keys) finite_rows(b.keys, keys, wide_d, b.clean_keys);
                     values = head_rows<T, C>(call.v, queries, start, keys, e, b.values, &values_step);
                     zero(b.grad_keys, keys * wide_d);
                     zero(b.grad_values, keys * wide_e);
@@ -242,6 +256,7 @@ void part_task(const void* context, i64 index, void* memory) {
                     packed = true;
                     load_queries<T, C>(s, queries, b.tile.queries);
                     load_rows<T, C>(s.q, queries, d, wide_d, b.rows);
+                    if (!all_finite(b.rows, wide_d, kLanes, wide_d)) finite_rows(b.rows, kLanes, wide_d, b.rows);
                     load_rows<T, C>(call.grad_out, queries, e, wide_e, b.grad_rows);
                     const C* columns[kLanes];
                     for (int lane = 0; lane < kLanes; ++lane) columns[lane] = b.grad_rows + lane * wide_e;
@@ -260,7 +275,7 @@ void part_task(const void* context, i64 index, void* memory) {
                 product_onto<C>(b.tile.scores, kLanes, 1, count, b.grad_rows, wide_e, queries.count, e,
                                 b.grad_values + at * wide_e);
                 product_onto<C>(b.grads, kLanes, 1, count, b.rows, wide_d, queries.count, d, b.grad_keys + at * wide_d);
-                product_onto<C>(b.grads, 1, kLanes, queries.count, key_rows, wide_d, count, d, b.grad_q);
+                product_onto<C>(b.grads, 1, kLanes, queries.count, clean + at * wide_d, wide_d, count, d, b.grad_q);
             }
             if (!packed) continue;
             C* sum = work.grad_q + (part * work.entries + entry) * kLanes * wide_d;

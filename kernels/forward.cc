@@ -15,20 +15,6 @@
 namespace regard::REGARD_TARGET {
 namespace {
 
-template <class C>
-bool all_finite(const C* rows, i64 leading, i64 count, i64 cols) {
-    Vector<C> zero = {};
-    C rest = 0;
-    for (i64 r = 0; r < count; ++r) {
-        const C* row = rows + r * leading;
-        i64 c = 0;
-        for (; c + kWidth<C> <= cols; c += kWidth<C>) zero += load(row + c) * C(0);  // inf · 0 is NaN
-        for (; c < cols; ++c) rest += row[c] * C(0);
-    }
-    for (int i = 0; i < kWidth<C>; ++i) rest += zero[i];
-    return rest == C(0);
-}
-
 // Rows of v that hold NaN or inf, where only some of the queries may see them: 0 · NaN would reach the others. They are
 // taken out of the tile, and added afterwards to the queries that see them alone. Returns a bit for each such row.
 template <class C>

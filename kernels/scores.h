@@ -31,6 +31,20 @@ REGARD_INLINE const C* rows_of(const T* from, i64 row_stride, i64 col_stride, i6
     return buffer;
 }
 
+template <class C>
+REGARD_INLINE bool all_finite(const C* rows, i64 leading, i64 count, i64 cols) {
+    Vector<C> zero = {};
+    C rest = 0;
+    for (i64 r = 0; r < count; ++r) {
+        const C* row = rows + r * leading;
+        i64 c = 0;
+        for (; c + kWidth<C> <= cols; c += kWidth<C>) zero += load(row + c) * C(0);  // inf · 0 is NaN
+        for (; c < cols; ++c) rest += row[c] * C(0);
+    }
+    for (int i = 0; i < kWidth<C>; ++i) rest += zero[i];
+    return rest == C(0);
+}
+
 // lanes[column][lane] from one row pointer a lane: a transpose. Null pointers give zeros.
 template <class T, class C>
 REGARD_INLINE void columns_of(const T* const* rows, int lanes, i64 col_stride, i64 cols, C* to) {
@@ -196,6 +210,13 @@ REGARD_INLINE const C* head_rows(const View& view, const Queries& queries, i64 f
     return rows_of<T, C>(from, view.row, view.col, count, cols, buffer, leading);
 }
 
+template <class T, class C>
+REGARD_INLINE void load_bias(const Scores& s, const Queries& queries, i64 first, i64 count, C* to) {
+    const T* rows[kLanes] = {};
+    for (int lane = 0; lane < queries.count; ++lane) rows[lane] = queries.at<T>(s.bias, lane) + first * s.bias.col;
+    columns_of(rows, queries.padded, s.bias.col, count, to);
+}
+
 // The scores of `count` keys from `first` on, up to `stage`, times `unit` (log2 e where they go on to exp2, else 1).
 // `slope` receives 1 - tanh^2, the derivative of the cap, where there is one and the backward asks.
 template <class T, class C>
@@ -211,10 +232,8 @@ REGARD_INLINE void score_keys(const Scores& s, const Queries& queries, const C* 
     const bool biased = s.bias.data != nullptr && stage >= kBiased;
     if (capped || biased) {
         if (biased) {
-            const T* rows[kLanes] = {};
-            for (int lane = 0; lane < queries.count; ++lane)
-                rows[lane] = queries.at<T>(s.bias, lane) + first * s.bias.col;
-            columns_of(rows, queries.padded, s.bias.col, count, scratch.bias);
+            s.wide_bias ? load_bias<C, C>(s, queries, first, count, scratch.bias)
+                        : load_bias<T, C>(s, queries, first, count, scratch.bias);
         }
         const C cap = static_cast<C>(s.softcap * unit), factor = static_cast<C>(unit);
         for (i64 j = 0; j < count; ++j)

@@ -41,6 +41,7 @@ struct Scores {
     i64 batch, num_heads, num_kv_heads, seq_len_q, seq_len_kv, head_dim;
     View q, k, bias;
     Mask mask;
+    bool wide_bias;         // bias is float32 under half inputs
     double scale, softcap;  // softcap 0: none
 };
 
@@ -70,7 +71,7 @@ struct StatsCall {
     int threads;
 };
 
-// Gradients of attention from the forward's out and lse. Inputs are finite wherever the mask hides some of them.
+// Gradients of attention from the forward's out and lse.
 struct BackwardCall {
     Scores scores;
     i64 head_dim_v;

@@ -160,6 +160,17 @@ def test_every_term_of_the_scores_matches_the_formula(isa, dtype, shape, softcap
                 torch.testing.assert_close(lse.double(), expected_lse, rtol=allowed, atol=allowed * 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_diagonal_bias_may_be_finer_than_the_half_type(isa, dtype):
+    # Distances past 256 have no bfloat16 of their own.
+    q, k, v = (torch.randn(1, 2, 700, 32).to(dtype) for _ in range(3))
+    diagonal = -0.03 * (torch.arange(1399) - 699).abs().float().expand(1, 2, -1)
+    out, lse = attend(q, k, v, diagonal=diagonal)
+    expected, expected_lse, _ = formula(q, k, v, diagonal=diagonal)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+    assert relative_error(out, expected) <= 2 * rounding(dtype)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     n=st.integers(1, 140), m=st.integers(1, 140), dim=st.integers(1, 40), dim_v=st.integers(1, 40),

@@ -28,6 +28,10 @@ class Bias:
         """Whether it depends on where the queries stand, so that unequal lengths need a `query_offset`."""
         return True
 
+    def tensors(self) -> list[Tensor]:
+        """The tensors that it was made of."""
+        raise NotImplementedError
+
     def validate(self, caller: str, frame: Frame) -> None:
         """Raise a ValueError, naming `caller`, where the bias does not fit the call."""
         raise NotImplementedError
@@ -38,7 +42,7 @@ class Bias:
         Returns:
             `(dense, diagonal)`, one of them None. dense: 4 axes, broadcastable to `(batch, num_heads, seq_len_q,
             seq_len_kv)`. diagonal: `(1 or batch, 1 or num_heads, seq_len_q + seq_len_kv − 1)`, of which entry
-            `j − i + seq_len_q − 1` is the bias of query index i and key index j.
+            `j − i + seq_len_q − 1` is the bias of query index i and key index j; float32 where `dtype` is a half type.
         """
         raise NotImplementedError
 
@@ -48,6 +52,10 @@ class Dense(Bias):
     """bias[batch, head, query index, key index], each axis 1 or full."""
 
     bias: Tensor
+
+    @override
+    def tensors(self) -> list[Tensor]:
+        return [self.bias]
 
     @override
     def needs_query_positions(self) -> bool:
@@ -74,6 +82,10 @@ class Alibi(Bias):
     slopes: Tensor | None
 
     @override
+    def tensors(self) -> list[Tensor]:
+        return [] if self.slopes is None else [self.slopes]
+
+    @override
     def validate(self, caller: str, frame: Frame) -> None:
         if self.slopes is not None and self.slopes.shape[0] != frame.num_heads:
             raise ValueError(
@@ -89,7 +101,7 @@ class Alibi(Bias):
         else:
             slopes = self.slopes.to(device=device, dtype=wide)
         distance = frame.relative_positions().to(device).abs().to(wide)
-        return None, (-slopes[None, :, None] * distance[:, None]).to(dtype)
+        return None, -slopes[None, :, None] * distance[:, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +110,10 @@ class RelativePosition(Bias):
 
     table: Tensor
     bucket: Callable[[Tensor], Tensor]
+
+    @override
+    def tensors(self) -> list[Tensor]:
+        return [self.table]
 
     @override
     def validate(self, caller: str, frame: Frame) -> None:

@@ -2,8 +2,7 @@
 
 Enters: the inputs, out, lse and their upstream gradients.
 Leaves: gradients of q, k, v, bias and sinks, summed in float32 (float64 for float64), at O(n) memory.
-Floor 2: the backward kernel; torch products over panels of rows where a dense bias wants its gradient, or where NaN or
-inf hide behind a mask.
+Floor 2: the backward kernel; torch products over panels of rows where a dense bias wants its gradient.
 
 For query i and key j, with p = exp(score - lse) (FlashAttention-2, Dao 2023, Alg. 2):
 
@@ -81,9 +80,7 @@ def gradients(
         "dropout": dropout, "seed": seed, "wanted": wanted,
     }  # fmt: skip
     dense = bias is not None and wanted[3]
-    # NaN or inf that the mask hides must be kept from the products; a sum tells at the cost of one reading.
-    finite = mask is None or all(bool(t.sum(dtype=lse.dtype).isfinite()) for t in (q, k, v, grad_out))
-    found = _by_panels(*inputs, **terms) if dense or not finite else _by_kernel(*inputs, **terms)
+    found = _by_panels(*inputs, **terms) if dense else _by_kernel(*inputs, **terms)
     return dataclasses.replace(found, sinks=grad_sinks)
 
 
@@ -187,7 +184,7 @@ def _by_panels(
             ds_BHRC.masked_fill_(~visible, 0.0)
 
         if wanted[2]:
-            grad_v[:, :, c] += _grouped(kept_BHRC, num_kv_heads).mT @ _finite(do_BKXD)
+            grad_v[:, :, c] += _grouped(kept_BHRC, num_kv_heads).mT @ do_BKXD
         if grad_bias is not None:
             part = _part(grad_bias, r, c)
             part += ds_BHRC.sum_to_size(part.shape)

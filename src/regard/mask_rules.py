@@ -7,8 +7,11 @@ Floor 0: pure, imports torch and numpy alone.
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 
 import numpy as np
 import torch
@@ -16,8 +19,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from regard import ranges
+from regard.check import on_cpu
 from regard.mask_algebra import Mask
 from regard.positions import Frame, at
+
+PairFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -294,6 +300,7 @@ class FromTensor(Mask):
 
     @override
     def validate(self, caller: str, frame: Frame) -> None:
+        on_cpu(caller, "mask", self.allowed)
         whole = (frame.batch, frame.num_heads, frame.seq_len_q, frame.seq_len_kv)
         if any(own != 1 and own != full for own, full in zip(self.allowed.shape, whole, strict=True)):
             raise ValueError(
@@ -327,8 +334,11 @@ class FromTensor(Mask):
 class FromFunction(Mask):
     """function(batch, head, query position, key position)."""
 
-    function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    function: PairFunction
     number: int = field(compare=False)
+
+    def __reduce__(self) -> tuple[Callable[[PairFunction], FromFunction], tuple[PairFunction]]:
+        return numbered, (self.function,)  # another process has numbers of its own
 
     @override
     def needs_query_positions(self) -> bool:
@@ -361,6 +371,24 @@ class FromFunction(Mask):
         ints.append(self.number)
 
 
+_numbers = count(1)
+_functions: weakref.WeakValueDictionary[int, FromFunction] = weakref.WeakValueDictionary()
+_recent: deque[FromFunction] = deque(maxlen=1024)  # a backward pass may outlive its caller's mask
+
+
+def numbered(function: PairFunction) -> FromFunction:
+    """The mask of a function, under a number by which this process finds it again."""
+    mask = FromFunction(function, next(_numbers))
+    _functions[mask.number] = mask
+    _recent.append(mask)
+    return mask
+
+
+def known(number: int) -> FromFunction | None:
+    """The mask of that number, where it is still alive in this process."""
+    return _functions.get(number)
+
+
 def _grouped(rows: Iterator[tuple[np.ndarray, np.ndarray]]) -> tuple[ranges.Ranges | None, ranges.Ranges]:
     parts = [ranges.groups(query, key) for query, key in rows]
     exact = [part[0] for part in parts]
@@ -370,6 +398,11 @@ def _grouped(rows: Iterator[tuple[np.ndarray, np.ndarray]]) -> tuple[ranges.Rang
 
 def _codes(*ids: np.ndarray) -> list[np.ndarray]:
     """Ids as small ints from 0, the same id the same int in every array."""
+    size = sum(own.size for own in ids)
+    least = min((int(own.min()) for own in ids if own.size), default=0)
+    most = max((int(own.max()) for own in ids if own.size), default=0)
+    if most - least <= 4 * size + 64:
+        return [own - least for own in ids]
     codes = np.unique(np.concatenate([own.ravel() for own in ids]), return_inverse=True)[1].astype(np.int64)
     ends = np.cumsum([own.size for own in ids])[:-1]
     return [part.reshape(own.shape) for part, own in zip(np.split(codes, ends), ids, strict=True)]
@@ -398,6 +431,7 @@ def _row(tensor: Tensor, batch: Tensor) -> Tensor:
 
 
 def _check_batch(caller: str, name: str, tensor: Tensor, frame: Frame) -> None:
+    on_cpu(caller, name, tensor)
     if tensor.shape[0] != 1 and tensor.shape[0] != frame.batch:
         raise ValueError(
             f"{caller}: {name} must have one row per batch row ({frame.batch}) or one in all; got {tensor.shape[0]}. "

@@ -8,10 +8,7 @@ Floor 0: pure, imports torch and numpy alone.
 
 from __future__ import annotations
 
-import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from itertools import count
 
 import numpy as np
 import torch
@@ -28,6 +25,8 @@ from regard.mask_rules import (
     Lengths,
     Prefix,
     SlidingWindow,
+    known,
+    numbered,
 )
 
 __all__ = [
@@ -254,10 +253,7 @@ def from_function(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) 
         raise TypeError(
             f"masks.from_function: function must be callable; got {type(function).__name__}. Pass f(batch, head, p, j)."
         )
-    mask = FromFunction(function, next(_numbers))
-    _functions[mask.number] = mask
-    _recent_functions.append(mask)
-    return mask
+    return numbered(function)
 
 
 def decode(ops: str, ints: Sequence[int], tensors: Sequence[Tensor]) -> Mask:
@@ -310,9 +306,6 @@ class _UnknownFunctionError(ValueError):
 
 
 _INTS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_numbers = count(1)
-_functions: weakref.WeakValueDictionary[int, FromFunction] = weakref.WeakValueDictionary()
-_recent_functions: deque[FromFunction] = deque(maxlen=1024)  # a backward pass may outlive its caller's mask
 
 
 def _read(word: str, ints: Iterator[int], tensors: Iterator[Tensor]) -> Mask:
@@ -321,12 +314,13 @@ def _read(word: str, ints: Iterator[int], tensors: Iterator[Tensor]) -> Mask:
         return SlidingWindow(left, next(ints) if "_right" in word else None)
     if word == "function":
         number = int(next(ints))
-        if number not in _functions:
+        mask = known(number)
+        if mask is None:
             raise _UnknownFunctionError(
                 f"masks.decode: the function of a from_function mask must be alive in this process; got {number}. "
                 "Make the mask again and run again; a program exported to a file cannot hold a Python function."
             )
-        return _functions[number]
+        return mask
     if word == "document_pairs":
         return DocumentPairs(next(tensors), next(tensors))
     if word == "causal":

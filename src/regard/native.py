@@ -23,6 +23,7 @@ STAGES = {"scaled": 0, "capped": 1, "biased": 2, "weights": 3}
 LANES = KEYS = 64  # queries and keys of one score tile, as in kernels/view.h
 
 View = tuple[int, int, int, int, int]
+BiasView = tuple[int, int, int, int, int, bool]
 ABSENT: View = (0, 0, 0, 0, 0)
 _SMALL = 1 << 18  # multiplications below which waking a second thread costs more than it saves
 
@@ -132,14 +133,14 @@ def rows_view(t: Tensor, first: int = 0) -> View:
     return (t.data_ptr() + first * s2 * t.element_size(), s0, s1, s2, 0)
 
 
-def bias_view(bias: Tensor | None, diagonal: Tensor | None, first_row: int, seq_len_q: int) -> View:
-    """A bias as the kernel reads it, from query `first_row` on; a diagonal one has a row stride of -1."""
+def bias_view(bias: Tensor | None, diagonal: Tensor | None, first_row: int, seq_len_q: int) -> BiasView:
+    """A bias as the kernel reads it, from query `first_row` on, and whether it is float32; a diagonal steps back."""
     if bias is not None:
         address, s0, s1, s2, s3 = view(bias)
-        return (address + first_row * s2 * bias.element_size(), s0, s1, s2, s3)
+        return (address + first_row * s2 * bias.element_size(), s0, s1, s2, s3, bias.dtype == torch.float32)
     if diagonal is not None:
         n0, n1, _ = diagonal.shape
         s0, s1, s2 = diagonal.stride()
         address = diagonal.data_ptr() + (seq_len_q - 1 - first_row) * s2 * diagonal.element_size()
-        return (address, s0 if n0 > 1 else 0, s1 if n1 > 1 else 0, -s2, s2)
-    return ABSENT
+        return (address, s0 if n0 > 1 else 0, s1 if n1 > 1 else 0, -s2, s2, diagonal.dtype == torch.float32)
+    return (*ABSENT, False)

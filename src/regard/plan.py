@@ -71,10 +71,10 @@ class Panel:
         """Bool (1 or batch, 1 or num_heads, len(rows), len(columns)); None where every pair is visible."""
         if self.ranges is not None:
             keys = torch.arange(columns.start, columns.stop, dtype=torch.int32)
-            low, high = self.ranges.unsqueeze(1).unsqueeze(-2).unbind(-1)  # (b, 1, rows, 1, n)
+            low, high = self.ranges.unsqueeze(1).unsqueeze(-2).unbind(-1)  # (b, 1, rows, n, 1)
             seen = None
-            for n in range(low.shape[-1]):
-                inside = (keys >= low[..., n]) & (keys < high[..., n])
+            for n in range(low.shape[-2]):
+                inside = (keys >= low[..., n, :]) & (keys < high[..., n, :])
                 seen = inside if seen is None else seen | inside
             return seen
         if self.bits is not None:
@@ -144,7 +144,7 @@ def _bits(mask: masks.Mask, frame: Frame, hull: Tensor | None, rows: range, batc
     i = torch.arange(rows.start, rows.stop).view(1, 1, -1, 1)
     step = max(1, _EVALUATED // max(1, batch * heads * len(rows)) // KEYS) * KEYS
     for start in range(first, last, step):
-        j = torch.arange(start, min(start + step, frame.seq_len_kv)).view(1, 1, 1, -1)
+        j = torch.arange(start, min(start + step, last)).view(1, 1, 1, -1)
         seen = mask.visible(frame, b, h, i, j)
         seen = seen.expand(seen.shape[0], seen.shape[1], len(rows), j.shape[-1]).contiguous().numpy()
         if bits is None:
@@ -157,7 +157,7 @@ def _bits(mask: masks.Mask, frame: Frame, hull: Tensor | None, rows: range, batc
 
 
 def summary(
-    frame: Frame, mask: masks.Mask | None, head_dim: int, head_dim_v: int, dtype: torch.dtype
+    frame: Frame, mask: masks.Mask | None, num_kv_heads: int, head_dim: int, head_dim_v: int, dtype: torch.dtype
 ) -> dict[str, float]:
     """What a forward call will do.
 
@@ -179,7 +179,7 @@ def summary(
         seen += count * repeats
     pairs = frame.batch * frame.num_heads * frame.seq_len_q * frame.seq_len_kv
     moved = frame.batch * frame.num_heads * frame.seq_len_q * (head_dim + head_dim_v)
-    moved += frame.batch * frame.num_heads * frame.seq_len_kv * (head_dim + head_dim_v)
+    moved += frame.batch * num_kv_heads * frame.seq_len_kv * (head_dim + head_dim_v)
     return {
         "tiles": computed,
         "tiles_total": total,

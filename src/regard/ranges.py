@@ -30,7 +30,14 @@ def union(a: Ranges, b: Ranges) -> Ranges:
 
 def intersection(a: Ranges, b: Ranges) -> Ranges:
     """Keys in a and in b."""
-    return _swept(a, b, 2)
+    if 1 not in (count(a), count(b)):
+        return _swept(a, b, 2)
+    lo, hi = np.maximum(a[..., 0], b[..., 0]), np.minimum(a[..., 1], b[..., 1])  # one range a row cuts the others
+    if lo.shape[2] > 1:
+        return _compact(lo, hi)
+    held = np.stack([lo, hi], -1)
+    held[lo >= hi] = 0
+    return held
 
 
 def complement(a: Ranges, length: int) -> Ranges:
@@ -60,21 +67,18 @@ def runs(dense: np.ndarray) -> tuple[Ranges | None, Ranges]:
     step = np.zeros((batch * rows, length + 1), bool)
     step[:, 0], step[:, length] = (flat[:, 0], flat[:, -1]) if length else (False, False)
     np.not_equal(flat[:, 1:], flat[:, :-1], out=step[:, 1:length])
+    per_row = np.count_nonzero(step, axis=1) // 2
+    most = int(per_row.max(initial=0))
+    if most > LIMIT:
+        lo, hi = flat.argmax(1), length - flat[:, ::-1].argmax(1)
+        return None, single(lo.reshape(batch, rows), np.where(per_row > 0, hi, 0).reshape(batch, rows), length)
     row, edge = np.nonzero(step)
     row, lo, hi = row[::2], edge[::2], edge[1::2]
-    per_row = np.bincount(row, minlength=batch * rows)
     first = np.cumsum(per_row) - per_row
-    most = int(per_row.max(initial=0))
-    if most <= LIMIT:
-        held = np.zeros((batch * rows, most, 2), np.int64)
-        held[row, np.arange(len(row)) - first[row]] = np.stack([lo, hi], -1)
-        held = held.reshape(batch, rows, most, 2)
-        return held, held
-    hull = np.zeros((batch * rows, 1, 2), np.int64)
-    some = per_row > 0
-    hull[some, 0, 0] = lo[first[some]]
-    hull[some, 0, 1] = hi[(first + per_row - 1)[some]]
-    return None, hull.reshape(batch, rows, 1, 2)
+    held = np.zeros((batch * rows, most, 2), np.int64)
+    held[row, np.arange(len(row)) - first[row]] = np.stack([lo, hi], -1)
+    held = held.reshape(batch, rows, most, 2)
+    return held, held
 
 
 def groups(query_codes: np.ndarray, key_codes: np.ndarray) -> tuple[Ranges | None, Ranges]:
@@ -83,17 +87,17 @@ def groups(query_codes: np.ndarray, key_codes: np.ndarray) -> tuple[Ranges | Non
     Negative key codes are in no group; codes are small non-negative ints otherwise.
     """
     length, rows = len(key_codes), len(query_codes)
+    size = int(max(key_codes.max(initial=-1), query_codes.max(initial=-1))) + 1
+    wanted = np.where(query_codes < 0, size, query_codes)  # the last row of the table has no keys
     change = np.flatnonzero(np.diff(key_codes)) + 1
     lo = np.concatenate([[0], change]) if length else np.zeros(0, np.int64)
     hi = np.concatenate([change, [length]]) if length else lo
     code = key_codes[lo]
-    lo, hi, code = lo[code >= 0], hi[code >= 0], code[code >= 0]
-    order = np.argsort(code, kind="stable")
+    used = (code >= 0) & np.isin(code, wanted)
+    order = np.flatnonzero(used)[np.argsort(code[used], kind="stable")]
     lo, hi, code = lo[order], hi[order], code[order]
-    size = int(max(code.max(initial=-1), query_codes.max(initial=-1))) + 1
-    per_code = np.bincount(code, minlength=size + 1)  # the last entry stands for queries without a group
+    per_code = np.bincount(code, minlength=size + 1)
     first = np.cumsum(per_code) - per_code
-    wanted = np.where(query_codes < 0, size, query_codes)
     most = int(per_code.max(initial=0))
     if most <= LIMIT:
         table = np.zeros((size + 1, most, 2), np.int64)

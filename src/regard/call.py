@@ -1,0 +1,161 @@
+"""One call of attention, checked and made ready for a backend.
+
+Enters: what the caller wrote: tensors or arrays, a mask, a bias, numbers, a cache.
+Leaves: a `Call` of torch tensors, resolved biases and plain numbers, or one clear error. Nothing has happened by then:
+a cache is appended to last.
+Floor 3: above the operator's own floors, below the public functions.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypedDict
+
+from torch import Tensor
+
+from regard import arrays, check
+from regard.biases import Bias, as_bias
+from regard.cache import KVCache
+from regard.mask_algebra import Mask
+from regard.masks import as_mask
+from regard.positions import Frame
+
+
+class Terms(TypedDict):
+    """What a backend needs beside q, k, v, sinks and dropout."""
+
+    mask: Mask | None
+    bias: Tensor | None
+    diagonal: Tensor | None
+    scale: float
+    softcap: float | None
+    query_offset: int | Tensor
+    key_offset: int | Tensor
+
+
+class Call(NamedTuple):
+    """A checked call; `give` turns a result into the caller's kind of array, None where that is a torch tensor."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Mask | None
+    bias: Tensor | None
+    diagonal: Tensor | None
+    sinks: Tensor | None
+    scale: float
+    softcap: float | None
+    dropout: float
+    query_offset: int | Tensor
+    key_offset: int | Tensor
+    seq_len_kv: int
+    native: bool
+    give: arrays.Give | None
+
+    @property
+    def terms(self) -> Terms:
+        """Mask, biases, numbers and offsets by name."""
+        return {
+            "mask": self.mask,
+            "bias": self.bias,
+            "diagonal": self.diagonal,
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "query_offset": self.query_offset,
+            "key_offset": self.key_offset,
+        }
+
+    def frame(self) -> Frame:
+        """Where the queries and keys of the call stand."""
+        batch, num_heads, seq_len_q, _ = self.q.shape
+        return Frame(batch, num_heads, seq_len_q, self.seq_len_kv, self.query_offset, self.key_offset)
+
+
+def ready(
+    caller: str,
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any,
+    bias: Any,
+    scale: Any,
+    softcap: Any,
+    sinks: Any,
+    dropout: Any,
+    query_offset: Any,
+    key_offset: Any,
+    cache: KVCache | None,
+    backend: str | None,
+    *,
+    append: bool = True,
+) -> Call:
+    """The call, checked. With a cache, k and v become all that it holds, unless `append` is False."""
+    give = None
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        (q, k, v), give = arrays.taken(caller, {"q": q, "k": k, "v": v})
+    check.inputs(caller, q, k, v)
+    batch, num_heads, seq_len_q, head_dim = q.shape
+    seq_len_kv = seq_len_new = k.shape[2]
+    scale = check.scale(caller, scale, head_dim)
+    if softcap is not None:
+        softcap = check.softcap(caller, softcap)
+    if dropout != 0.0:
+        dropout = check.dropout(caller, dropout)
+    if backend is not None:
+        check.backend(caller, backend)
+    if cache is not None:
+        query_offset, key_offset, seq_len_kv = _cached(caller, cache, k, v, query_offset, key_offset)
+    diagonal = None
+    if mask is not None:
+        if not isinstance(mask, Mask):
+            mask = as_mask(arrays.tensor(caller, "mask", mask), caller)
+        if (query_offset is None or cache is not None) and mask.needs_query_positions():
+            check.positions_known(caller, "mask", seq_len_q, seq_len_new)
+    if bias is not None:
+        bias = as_bias(arrays.tensor(caller, "bias", bias), caller, q.dtype)
+        if (query_offset is None or cache is not None) and bias.needs_query_positions():
+            check.positions_known(caller, "bias", seq_len_q, seq_len_new)
+    query_offset = 0 if query_offset is None else _offset(caller, "query_offset", query_offset, batch)
+    key_offset = _offset(caller, "key_offset", key_offset, batch)
+    if sinks is not None:
+        sinks = arrays.tensor(caller, "sinks", sinks)
+        check.sinks(caller, sinks, num_heads, q.dtype)
+    if mask is not None or bias is not None:
+        frame = Frame(batch, num_heads, seq_len_q, seq_len_kv, query_offset, key_offset)
+        if mask is not None:
+            mask.validate(caller, frame)
+        if bias is not None:
+            bias, diagonal = _resolved(caller, bias, frame, q)
+    if cache is not None and append:
+        k, v = cache.append(k, v)
+    return Call(
+        q, k, v, mask, bias, diagonal, sinks, scale, softcap, dropout, query_offset, key_offset, seq_len_kv,
+        backend != "reference", give,
+    )  # fmt: skip
+
+
+def _offset(caller: str, name: str, value: Any, batch: int) -> int | Tensor:
+    return value if type(value) is int else check.offset(caller, name, arrays.tensor(caller, name, value), batch)
+
+
+def _resolved(caller: str, bias: Bias, frame: Frame, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    for tensor in bias.tensors():
+        check.on_cpu(caller, "bias", tensor)
+    bias.validate(caller, frame)
+    return bias.resolve(frame, q.dtype, q.device)
+
+
+def _cached(
+    caller: str, cache: object, k: Tensor, v: Tensor, query_offset: object, key_offset: object
+) -> tuple[int, int, int]:
+    """Both offsets and seq_len_kv as they will be once k and v are appended."""
+    if not isinstance(cache, KVCache):
+        raise TypeError(
+            f"{caller}: cache must be a KVCache; got {type(cache).__name__}. Make one with regard.KVCache()."
+        )
+    if query_offset is not None or not (isinstance(key_offset, int) and key_offset == 0):
+        raise ValueError(
+            f"{caller}: query_offset and key_offset must be left out with a cache; got {query_offset} and "
+            f"{key_offset}. The cache supplies both."
+        )
+    seq_len_kv = cache.after(k, v)
+    return cache.position, cache.position + k.shape[2] - seq_len_kv, seq_len_kv
