@@ -68,6 +68,7 @@ const Target& target(int index) {
     return targets()[static_cast<std::size_t>(index)];
 }
 
+using BiasArgument = std::array<i64, 6>;  // a view, and 1 where the bias is float32 under half inputs
 using ViewArgument = std::array<i64, 5>;  // address, strides of batch, head, row, column
 using MaskArgument = std::array<i64, 6>;  // kind, address, strides of batch, head, row, count
 using ShapeArgument =
@@ -75,10 +76,13 @@ using ShapeArgument =
 
 View view(const ViewArgument& a) { return {reinterpret_cast<void*>(a[0]), a[1], a[2], a[3], a[4]}; }
 
-Scores scores(int dtype, const ShapeArgument& n, const ViewArgument& q, const ViewArgument& k, const ViewArgument& bias,
+Scores scores(int dtype, const ShapeArgument& n, const ViewArgument& q, const ViewArgument& k, const BiasArgument& bias,
               const MaskArgument& m, double scale, double softcap) {
     const Mask mask{static_cast<int>(m[0]), reinterpret_cast<const void*>(m[1]), m[2], m[3], m[4], m[5]};
-    return {dtype, n[0], n[1], n[2], n[3], n[4], n[5], view(q), view(k), view(bias), mask, scale, softcap};
+    return {
+        dtype, n[0],         n[1],    n[2],    n[3],
+        n[4],  n[5],         view(q), view(k), {reinterpret_cast<void*>(bias[0]), bias[1], bias[2], bias[3], bias[4]},
+        mask,  bias[5] != 0, scale,   softcap};
 }
 
 }  // namespace
@@ -99,7 +103,7 @@ NB_MODULE(_kernels, module) {
     module.def(
         "forward",
         [](int isa, int dtype, ShapeArgument shape, ViewArgument q, ViewArgument k, ViewArgument v, ViewArgument out,
-           ViewArgument lse, ViewArgument bias, i64 sinks, MaskArgument mask, double scale, double softcap,
+           ViewArgument lse, BiasArgument bias, i64 sinks, MaskArgument mask, double scale, double softcap,
            double dropout, u64 seed, i64 first_row, int threads) {
             const ForwardCall call{scores(dtype, shape, q, k, bias, mask, scale, softcap),
                                    shape[6],
@@ -119,7 +123,7 @@ NB_MODULE(_kernels, module) {
 
     module.def(
         "stats",
-        [](int isa, int dtype, ShapeArgument shape, ViewArgument q, ViewArgument k, ViewArgument lse, ViewArgument bias,
+        [](int isa, int dtype, ShapeArgument shape, ViewArgument q, ViewArgument k, ViewArgument lse, BiasArgument bias,
            MaskArgument mask, double scale, double softcap, i64 top_k, i64 top_keys, i64 top_weights, i64 received,
            ViewArgument entropy, ViewArgument max_score, i64 block_rows, i64 block_cols, ViewArgument block_mass,
            ViewArgument block_max, i64 chunk_rows, int threads) {
@@ -147,7 +151,7 @@ NB_MODULE(_kernels, module) {
     module.def(
         "tile",
         [](int isa, int dtype, ShapeArgument shape, ViewArgument q, ViewArgument k, ViewArgument lse, ViewArgument out,
-           ViewArgument bias, MaskArgument mask, double scale, double softcap, i64 first_key, i64 keys, int stage,
+           BiasArgument bias, MaskArgument mask, double scale, double softcap, i64 first_key, i64 keys, int stage,
            int threads) {
             const TileCall call{scores(dtype, shape, q, k, bias, mask, scale, softcap),
                                 view(lse),
@@ -166,7 +170,7 @@ NB_MODULE(_kernels, module) {
         "backward",
         [](int isa, int dtype, ShapeArgument shape, ViewArgument q, ViewArgument k, ViewArgument v, ViewArgument out,
            ViewArgument grad_out, ViewArgument lse, ViewArgument grad_lse, ViewArgument grad_q, i64 grad_k, i64 grad_v,
-           i64 grad_diagonal, i64 diagonals, i64 last_row, ViewArgument bias, MaskArgument mask, double scale,
+           i64 grad_diagonal, i64 diagonals, i64 last_row, BiasArgument bias, MaskArgument mask, double scale,
            double softcap, double dropout, u64 seed, i64 first_row, i64 part_keys, int threads) {
             BackwardCall call{scores(dtype, shape, q, k, bias, mask, scale, softcap),
                               shape[6],
