@@ -1,0 +1,188 @@
+// The middle of the page: the chosen view with its few switches, and the map's table twin.
+
+import { useLayoutEffect, useRef, useState } from "preact/hooks";
+import { drawnHeads } from "../core/selection.js";
+import { html, Picture } from "../paint/dom.js";
+import { headsView } from "../views/heads.js";
+import { frontOf } from "../views/inspector.js";
+import { mapTable, mapView } from "../views/map.js";
+import { sentenceView } from "../views/sentence.js";
+import { act, focusWord, pickCell, wordSelector } from "./actions.js";
+import { measure } from "./measure.js";
+import { arrived, cell, hover, hovered, recording, selection, theme } from "./store.js";
+
+// Where the pointer was last: words that move under a resting pointer are not hovered.
+let rested = "";
+export const rest = (event) => (rested = `${event.screenX},${event.screenY}`);
+
+export const hands = {
+  act,
+  focus(data, event) {
+    if (event.currentTarget.matches(":focus-visible")) focusWord(data);
+  },
+  hover(data, event) {
+    if (event.pointerType === "touch" || rested === `${event.screenX},${event.screenY}`) return;
+    hovered.value = data;
+  },
+  pick: pickCell,
+};
+
+// The width that an element has, kept up to date.
+export function useWidth() {
+  const ref = useRef(null);
+  const [width, setWidth] = useState(0);
+  useLayoutEffect(() => {
+    const read = () => ref.current && setWidth(Math.floor(ref.current.getBoundingClientRect().width));
+    read();
+    const watch = new ResizeObserver(read);
+    watch.observe(ref.current);
+    return () => watch.disconnect();
+  }, []);
+  return [ref, width];
+}
+
+export function Stage({ compact, finding, setFinding }) {
+  const [ref, width] = useWidth();
+  const s = selection.value;
+  const { payload } = recording.value;
+  return html`<section class="stage" aria-label="sentence">
+    <${Switches} finding=${finding} setFinding=${setFinding} />
+    <div class="room" ref=${ref}>
+      ${width > 0 && html`<${View} width=${width} compact=${compact} />`}
+    </div>
+    ${payload.notes?.map((note) => html`<p class="note">${note}</p>`)}
+  </section>`;
+}
+
+function View({ width, compact }) {
+  const s = selection.value;
+  const r = recording.value;
+  arrived.value;
+  if (!r.payload.sides.some((side) => side.tokens.length))
+    return html`<div class="state"><h2>No words.</h2><p>This recording holds an empty text. ${r.payload.live ? "Type a sentence above and press Enter." : "Run regard look with a sentence."}</p></div>`;
+  const beside = s.view === "map" && width >= 1100;
+  const textWidth = Math.min(beside ? Math.floor(width / 2) - 24 : width, 960);
+  const sentence = sentenceView(r, s, { width: textWidth, measure, hover: hover.value, compact });
+  const leave = () => (hovered.value = null);
+  const long = s.view === "map" && !beside && sentence.height > 700;
+  return html`<div class=${beside ? "beside" : long ? "stack upside" : "stack"}>
+    <div class="sentence" onPointerLeave=${leave}><${Picture} list=${sentence} on=${hands} theme=${theme.value} /></div>
+    ${s.view === "map" && html`<${MapPanel} width=${beside ? Math.floor(width / 2) - 24 : width} />`}
+    ${s.view === "heads" && html`<${HeadsPanel} width=${width} />`}
+  </div>`;
+}
+
+function MapPanel({ width }) {
+  arrived.value;
+  const [table, setTable] = useState(false);
+  const s = selection.value;
+  const list = mapView(recording.value, s, { width: Math.min(width, 720), measure, hover: hover.value, cell: cell.value });
+  return html`<div class="map">
+    <div class="bar-of-tools"><button type="button" aria-pressed=${String(table)} onClick=${() => setTable(!table)}>as a table</button></div>
+    ${table ? html`<${Table} />` : html`<${Picture} list=${list} on=${hands} theme=${theme.value} />`}
+  </div>`;
+}
+
+function Table() {
+  arrived.value;
+  const s = selection.value;
+  const twin = mapTable(recording.value, s);
+  if (!twin) return html`<p class="note">The weights of this layer are not here yet.</p>`;
+  return html`<div class="table" tabindex="0" role="region" aria-label="map as a table">
+    <table>
+      <caption>layer ${s.layer} head ${s.head}: what each row looks at</caption>
+      <thead><tr><td></td>${twin.head.map((name) => html`<th scope="col">${name}</th>`)}</tr></thead>
+      <tbody>${twin.rows.map((row) => html`<tr><th scope="row">${row.name}</th>${row.cells.map((text) => html`<td>${text}</td>`)}</tr>`)}</tbody>
+    </table>
+  </div>`;
+}
+
+// The pair that heads are sorted by: the word in front and its target.
+export function pairOf() {
+  const front = frontOf(recording.value, selection.value, null);
+  if (!front?.target) return null;
+  const attention = recording.value.attention(selection.value.attention);
+  const text = (side, at) => recording.value.units(side, selection.value.unit)[at].text;
+  const { from, to } = front.target;
+  return { from, to, name: `${text(attention.query_side, from)} → ${text(attention.key_side, to)}` };
+}
+
+function HeadsPanel({ width }) {
+  arrived.value;
+  const s = selection.value;
+  const pair = pairOf();
+  const { num_heads } = recording.value.attention(s.attention);
+  const small = recording.value.small(s.attention);
+  const size = Math.max(24, Math.min(56, Math.floor((width - 40) / num_heads) - 6));
+  const list = headsView(recording.value, s, { size, width, pair });
+  return html`<div class="bighead">
+    <div class="bar-of-tools"><label>sort by <select value=${s.sort} onChange=${(event) => act({ type: "sort", sort: event.currentTarget.value })}>
+      <option value="position">position</option>
+      <option value="link" disabled=${!pair || !small}>${!small ? "link (the text is too long)" : pair ? `link ${pair.name}` : "link (choose a word first)"}</option>
+    </select></label></div>
+    <div class="scroll"><${Picture} list=${list} on=${hands} theme=${theme.value} /></div>
+  </div>`;
+}
+
+function Switches({ finding, setFinding }) {
+  const s = selection.value;
+  const attention = recording.value.attention(s.attention);
+  const choice = (label, pressed, action, key) => html`<button type="button" aria-pressed=${String(pressed)} onClick=${() => act(action)} title=${key && `key ${key}`}>${label}</button>`;
+  return html`<div class="switches">
+    ${attention.query_side === attention.key_side &&
+    html`<div class="pair" role="group" aria-label="question">
+      ${choice("looks at", s.mode === "to", { type: "mode", mode: "to" }, "r")}${choice("is looked at by", s.mode === "from", { type: "mode", mode: "from" }, "r")}
+    </div>`}
+    <div class="pair" role="group" aria-label="units">
+      ${choice("words", s.unit === "word", { type: "unit", unit: "word" }, "s")}${choice("subwords", s.unit === "token", { type: "unit", unit: "token" }, "s")}
+    </div>
+    ${choice(s.heads.length ? `several heads: ${drawnHeads(s).length}` : "several heads", s.heads.length > 0, { type: "several" }, "m")}
+    ${finding ? html`<${Find} close=${() => setFinding(false)} />` : html`<button type="button" onClick=${() => setFinding(true)} title="key /">find a word</button>`}
+  </div>`;
+}
+
+function Find({ close }) {
+  const [text, setText] = useState("");
+  const [at, setAt] = useState(0);
+  const s = selection.value;
+  const attention = recording.value.attention(s.attention);
+  const sides = [...new Set([attention.query_side, attention.key_side])];
+  const matches = (needle) => {
+    const low = needle.trim().toLowerCase();
+    if (!low) return [];
+    const all = sides.flatMap((side) => recording.value.units(side, s.unit).map((unit, word) => ({ side, word, text: unit.text.toLowerCase() })));
+    const exact = all.filter((u) => u.text === low);
+    return [...exact, ...all.filter((u) => u.text !== low && u.text.startsWith(low)), ...all.filter((u) => !u.text.startsWith(low) && u.text.includes(low))];
+  };
+  const found = matches(text);
+  const go = (list, index) => list.length && act({ type: "goWord", ...list[index], keep: true });
+  const onKey = (event) => {
+    if (event.key === "Escape") {
+      event.preventDefault();
+      close();
+    } else if (event.key === "ArrowDown" || event.key === "ArrowUp") {
+      event.preventDefault();
+      if (!found.length) return;
+      const next = (at + (event.key === "ArrowDown" ? 1 : found.length - 1)) % found.length;
+      setAt(next);
+      go(found, next);
+    } else if (event.key === "Enter") {
+      event.preventDefault();
+      if (!found.length) return;
+      const { side, word } = found[Math.min(at, found.length - 1)];
+      close();
+      act({ type: "goWord", side, word });
+      requestAnimationFrame(() => document.querySelector(wordSelector(side, word))?.focus());
+    }
+  };
+  const input = (event) => {
+    setText(event.currentTarget.value);
+    setAt(0);
+    go(matches(event.currentTarget.value), 0);
+  };
+  const state = !text.trim() ? "" : found.length ? `${Math.min(at, found.length - 1) + 1} of ${found.length}` : "no such word";
+  return html`<div class="find"><label class="hidden" for="find">find a word</label>
+    <input id="find" type="text" autocomplete="off" placeholder="find a word" value=${text} onInput=${input} onKeyDown=${onKey} ref=${(node) => node && !node.dataset.seen && ((node.dataset.seen = "1"), node.focus())} />
+    <span class="note" role="status">${state}</span></div>`;
+}
+

@@ -1,0 +1,111 @@
+// The links of one word in one head: which ones are drawn, what the rest adds up to, and what the sum is.
+
+import { percent, roleOf } from "./words.js";
+
+export const SHOWN = 6;
+const SMALLEST = 0.02;
+
+// Which way a word is asked: "to" reads its row (what it looks at), "from" its column (who looks at it).
+export function directionOf(attention, side, mode) {
+  if (attention.query_side === attention.key_side) return mode;
+  return side === attention.query_side ? "to" : "from";
+}
+
+// -> null while the map is missing, else {direction, other, shown, rest, total, sink, unseen}
+//    shown: links {unit, side, from, to, weight, role, text}, strongest first; rest: {count, weight} of the links not shown
+export function linksOf(recording, { attention: index, unit, mode }, { side, word, layer, head }) {
+  const attention = recording.attention(index);
+  const map = recording.map(index, layer, head, unit);
+  if (!map) return null;
+  const direction = directionOf(attention, side, mode);
+  const other = direction === "to" ? attention.key_side : attention.query_side;
+  const units = recording.units(other, unit);
+  const keys = recording.units(attention.key_side, unit);
+  const all = units.map((u, i) => {
+    const [from, to] = direction === "to" ? [word, i] : [i, word];
+    return {
+      unit: i,
+      side: other,
+      from,
+      to,
+      weight: map.data[from * map.cols + to],
+      text: u.text,
+      role: direction === "to" ? roleOf(keys[i], i, map) : "",
+    };
+  });
+  all.sort((a, b) => b.weight - a.weight || a.unit - b.unit);
+  const shown = all.slice(0, SHOWN).filter((link) => link.weight >= SMALLEST);
+  if (!shown.length && all.length && all[0].weight > 0) shown.push(all[0]);
+  const hidden = all.slice(shown.length).filter((link) => link.weight > 0);
+  const total = all.reduce((sum, link) => sum + link.weight, 0);
+  return {
+    direction,
+    other,
+    shown,
+    all,
+    rest: { count: hidden.length, weight: hidden.reduce((sum, link) => sum + link.weight, 0), links: hidden },
+    total,
+    count: units.length,
+    unseen: all.length - shown.length - hidden.length,
+    sink: attention.has_sink && direction === "to" && total < 0.9995 && total > 0 ? 1 - total : 0,
+    empty: total === 0,
+  };
+}
+
+// What the rest is printed as: rounding never makes the column disagree with its sum.
+export function restPercent(links) {
+  const exactText = percent(links.rest.weight);
+  if (links.direction !== "to" || links.rest.weight < 0.0095) return exactText;
+  const shown = links.shown.reduce((sum, link) => sum + Math.round(link.weight * 100), 0);
+  const left = Math.round(links.total * 100) - shown;
+  return left >= 1 && Math.abs(left - links.rest.weight * 100) < 2 ? `${left} %` : exactText;
+}
+
+// The last line of the inspector's sum.
+export function sumLine(links) {
+  if (links.direction === "from") {
+    const total = links.total.toFixed(2);
+    return `no sum: each is a share of another word’s attention (${total} of ${links.count} words’ worth)`;
+  }
+  if (links.empty) return "nothing: every key is masked";
+  if (links.sink) return `= ${percent(links.total)}, ${percent(links.sink)} went to the sink`;
+  return `= ${percent(links.total)}`;
+}
+
+// The strongest links of a whole head, sinks and special tokens left out.
+export function strongest(recording, { attention: index, layer, head, unit }, count = 6) {
+  const map = recording.map(index, layer, head, unit);
+  if (!map) return null;
+  const { query_side, key_side } = recording.attention(index);
+  const queries = recording.units(query_side, unit);
+  const keys = recording.units(key_side, unit);
+  const found = [];
+  for (let r = 0; r < map.rows; r++) {
+    if (queries[r].special) continue;
+    for (let c = 0; c < map.cols; c++) {
+      const weight = map.data[r * map.cols + c];
+      if ((query_side === key_side && r === c) || roleOf(keys[c], c, map)) continue;
+      if (found.length < count || weight > found[found.length - 1].weight) {
+        found.push({ from: r, to: c, weight });
+        found.sort((a, b) => b.weight - a.weight);
+        if (found.length > count) found.pop();
+      }
+    }
+  }
+  return found.map((f) => ({ ...f, fromText: queries[f.from].text, toText: keys[f.to].text }));
+}
+
+// The heads in which `from` gives `to` most, of those whose weights are here; for a long text, what --find found.
+export function headsOf(recording, { attention: index, unit }, from, to) {
+  const attention = recording.attention(index);
+  const { found: known, selection } = recording.payload;
+  const asked = known && index === selection.attention && unit === "word" && from === selection.word && to === selection.target;
+  if (!recording.small(index)) return asked ? [...known].sort((a, b) => b.weight - a.weight) : [];
+  const found = [];
+  for (const layer of attention.layers)
+    for (let head = 0; head < attention.num_heads; head++) {
+      const map = recording.map(index, layer, head, unit);
+      if (map) found.push({ layer, head, weight: map.data[from * map.cols + to] });
+    }
+  return found.sort((a, b) => b.weight - a.weight);
+}

@@ -1,0 +1,100 @@
+// One recording as the views read it: units (words or subwords), merged maps, thumbnails. Pure; blobs come from `get`.
+
+const SMALL = 24e6; // bytes
+
+// payload: the page's JSON. get(key) -> {shape, data}, null where it does not exist, undefined while it is on its way.
+export function createRecording(payload, get) {
+  const merged = new Map();
+  const units = new Map();
+
+  const recording = {
+    payload,
+    get,
+    attention: (index) => payload.attentions[index],
+
+    // All heads' weights of one attention at once: only where that is little (saved pages hold it, servers send it quickly).
+    small(index) {
+      const { query_side, key_side, num_heads, layers } = payload.attentions[index];
+      const [rows, cols] = [query_side, key_side].map((side) => payload.sides[side].tokens.length);
+      return 4 * num_heads * layers.length * rows * cols <= SMALL;
+    },
+
+    // The words (or subwords) of one side: {text, special, tokens: [first, last + 1], joined: glued to the one before}
+    units(side, unit) {
+      const key = `${side}/${unit}`;
+      if (!units.has(key)) units.set(key, unit === "token" ? tokenUnits(payload.sides[side]) : wordUnits(payload.sides[side]));
+      return units.get(key);
+    },
+
+    // Weights of one head between units: {rows, cols, data, max, received}; a row is the mean, a column the sum over tokens.
+    map(attention, layer, head, unit) {
+      const key = `${attention}/${layer}/${head}/${unit}`;
+      if (merged.has(key)) return merged.get(key);
+      const blob = get(`weights/${attention}/${layer}`);
+      if (!blob) return blob;
+      const { query_side, key_side } = payload.attentions[attention];
+      const map = merge(blob, head, recording.units(query_side, unit), recording.units(key_side, unit));
+      if (merged.size > 600) merged.clear();
+      merged.set(key, map);
+      return map;
+    },
+
+    // One head's small picture: {rows, cols, data} of 0..255
+    thumb(attention, layer, head) {
+      const blob = get(`thumbs/${attention}`);
+      if (!blob) return blob;
+      const [, heads, rows, cols] = blob.shape;
+      const at = payload.attentions[attention].layers.indexOf(layer) * heads + head;
+      return { rows, cols, data: blob.data.subarray(at * rows * cols, (at + 1) * rows * cols) };
+    },
+  };
+  return recording;
+}
+
+function wordUnits(side) {
+  return side.words.map((word) => ({ text: word.text, special: word.special, tokens: word.tokens, joined: false }));
+}
+
+function tokenUnits(side) {
+  return side.tokens.map((token, i) => ({
+    text: token.text,
+    special: token.special,
+    tokens: [i, i + 1],
+    joined: i > 0 && token.word !== null && token.word === side.tokens[i - 1].word,
+  }));
+}
+
+function merge({ shape, data }, head, queries, keys) {
+  const [, numQ, numK] = shape;
+  const start = head * numQ * numK;
+  const out = new Float64Array(queries.length * keys.length);
+  const received = new Float64Array(keys.length);
+  let max = 0;
+  queries.forEach((query, r) => {
+    const [first, end] = query.tokens;
+    for (let c = 0; c < keys.length; c++) {
+      const [from, to] = keys[c].tokens;
+      let sum = 0;
+      for (let i = first; i < end; i++) for (let j = from; j < to; j++) sum += data[start + i * numK + j];
+      const weight = end > first ? sum / (end - first) : 0;
+      out[r * keys.length + c] = weight;
+      received[c] += weight;
+      if (weight > max) max = weight;
+    }
+  });
+  return { rows: queries.length, cols: keys.length, data: out, max, received };
+}
+
+// Query head h reads key/value head h // group.
+export function groupOf(attention) {
+  return attention.num_heads / attention.num_kv_heads;
+}
+
+// The unit of the other kind that holds the same place: the first token of a word, the word of a token.
+export function translateUnit(recording, side, index, from, to) {
+  if (index === null || from === to) return index;
+  const source = recording.units(side, from)[index];
+  if (!source) return null;
+  const found = recording.units(side, to).findIndex((u) => u.tokens[0] <= source.tokens[0] && source.tokens[0] < u.tokens[1]);
+  return found < 0 ? null : found;
+}

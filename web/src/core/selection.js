@@ -1,0 +1,169 @@
+// The one selection that drives every view: pure transitions, and its form in the address.
+//
+// attention, layer, head   the head in front         heads   pinned heads [[layer, head]]; not empty = several-heads mode
+// side, word               the word in front         pins    pinned words [{side, word}]
+// target                   the unit at the far end of the pair whose number is explained; null = the strongest link
+// mode "to" | "from"       what it looks at | who looks at it         unit "word" | "token"
+// view "sentence" | "heads" | "map"     sort "position" | "link"      origin: is "how it came about" open
+
+import { translateUnit } from "./recording.js";
+import { HUES } from "./colour.js";
+
+export function initialSelection(payload) {
+  const start = payload.selection ?? {};
+  const index = start.attention ?? 0;
+  const attention = payload.attentions[index];
+  return {
+    attention: index,
+    layer: attention.layers.includes(start.layer) ? start.layer : attention.layers[attention.layers.length - 1],
+    head: start.head >= 0 && start.head < attention.num_heads ? start.head : 0,
+    side: attention.query_side,
+    word: start.word ?? null,
+    target: start.target ?? null,
+    pins: [],
+    heads: [],
+    mode: "to",
+    unit: "word",
+    view: "sentence",
+    sort: "position",
+    origin: false,
+  };
+}
+
+const same = (a, b) => a.side === b.side && a.word === b.word;
+export const isPinned = (selection, side, word) => selection.pins.some((pin) => same(pin, { side, word }));
+export const hueOfPin = (selection, side, word) => selection.pins.findIndex((pin) => same(pin, { side, word }));
+
+export function focusWord(selection, side, word) {
+  if (selection.side === side && selection.word === word) return selection;
+  return { ...selection, side, word, target: null };
+}
+
+export function togglePin(selection, side, word) {
+  const at = { side, word };
+  const pins = isPinned(selection, side, word)
+    ? selection.pins.filter((pin) => !same(pin, at))
+    : [...selection.pins.slice(-(HUES - 1)), at];
+  return { ...focusWord(selection, side, word), pins };
+}
+
+export const unpin = (selection) => ({ ...selection, pins: [] });
+
+export function moveWord(selection, recording, step) {
+  const count = recording.units(selection.side, selection.unit).length;
+  if (!count) return selection;
+  const from = selection.word ?? (step > 0 ? -1 : count);
+  const word = Math.min(count - 1, Math.max(0, from + step));
+  return focusWord(selection, selection.side, word);
+}
+
+export function moveHead(selection, recording, layerStep, headStep) {
+  const { layers, num_heads } = recording.attention(selection.attention);
+  const at = Math.min(layers.length - 1, Math.max(0, layers.indexOf(selection.layer) + layerStep));
+  const head = Math.min(num_heads - 1, Math.max(0, selection.head + headStep));
+  return { ...selection, layer: layers[at], head, target: selection.target };
+}
+
+const sameHead = (a, b) => a[0] === b[0] && a[1] === b[1];
+
+// A click on a head: in several-heads mode it joins or leaves the drawn ones, else it comes to the front.
+export function chooseHead(selection, layer, head) {
+  if (!selection.heads.length) return { ...selection, layer, head };
+  const at = [layer, head];
+  if (!selection.heads.some((h) => sameHead(h, at)))
+    return { ...selection, layer, head, heads: [...selection.heads.slice(-(HUES - 1)), at] };
+  const heads = selection.heads.filter((h) => !sameHead(h, at));
+  if (!heads.length) return { ...selection, layer, head };
+  const [nextLayer, nextHead] = heads[heads.length - 1];
+  return { ...selection, heads, layer: nextLayer, head: nextHead };
+}
+
+export const toggleSeveral = (selection) => ({
+  ...selection,
+  heads: selection.heads.length ? [] : [[selection.layer, selection.head]],
+});
+
+// The heads that are drawn, in the order of their hues: the pinned ones, and the one in front.
+export function drawnHeads(selection) {
+  const front = [selection.layer, selection.head];
+  if (!selection.heads.length) return [front];
+  return selection.heads.some((h) => sameHead(h, front)) ? selection.heads : [...selection.heads, front];
+}
+
+export function setUnit(selection, recording, unit) {
+  if (selection.unit === unit) return selection;
+  const move = (side, word) => translateUnit(recording, side, word, selection.unit, unit);
+  const pins = [];
+  for (const pin of selection.pins) {
+    const word = move(pin.side, pin.word);
+    if (word !== null && !pins.some((p) => p.side === pin.side && p.word === word)) pins.push({ side: pin.side, word });
+  }
+  return { ...selection, unit, pins, word: move(selection.side, selection.word), target: null };
+}
+
+export function setAttention(selection, recording, index) {
+  const attention = recording.attention(index);
+  const sides = [attention.query_side, attention.key_side];
+  const stays = sides.includes(selection.side);
+  return {
+    ...selection,
+    attention: index,
+    side: stays ? selection.side : attention.query_side,
+    word: stays ? selection.word : null,
+    target: null,
+    pins: selection.pins.filter((pin) => sides.includes(pin.side)),
+    heads: selection.heads.length ? [] : selection.heads,
+    layer: attention.layers.includes(selection.layer) ? selection.layer : attention.layers[attention.layers.length - 1],
+    head: Math.min(selection.head, attention.num_heads - 1),
+  };
+}
+
+export function toHash(selection) {
+  const parts = [`l=${selection.layer}`, `h=${selection.head}`];
+  if (selection.attention) parts.push(`a=${selection.attention}`);
+  if (selection.word !== null) parts.push(`w=${selection.side}.${selection.word}`);
+  if (selection.target !== null) parts.push(`t=${selection.target}`);
+  if (selection.pins.length) parts.push(`pins=${selection.pins.map((p) => `${p.side}.${p.word}`).join(",")}`);
+  if (selection.heads.length) parts.push(`heads=${selection.heads.map((h) => h.join(".")).join(",")}`);
+  if (selection.mode !== "to") parts.push(`mode=${selection.mode}`);
+  if (selection.unit !== "word") parts.push("unit=token");
+  if (selection.view !== "sentence") parts.push(`view=${selection.view}`);
+  if (selection.sort !== "position") parts.push(`sort=${selection.sort}`);
+  if (selection.origin) parts.push("how=1");
+  return `#${parts.join("&")}`;
+}
+
+// An address may come from anywhere: what does not fit this recording is left out, never an error.
+export function fromHash(hash, recording) {
+  const start = initialSelection(recording.payload);
+  const fields = {};
+  for (const part of hash.replace(/^#/, "").split("&")) {
+    const [key, value] = part.split("=");
+    if (value !== undefined) fields[key] = value;
+  }
+  if (!Object.keys(fields).length) return start;
+  const whole = (text) => (/^\d+$/.test(text ?? "") ? Number(text) : null);
+  const pairs = (text) => (text ?? "").split(",").map((p) => p.split(".").map(whole)).filter((p) => p.length === 2 && p[0] !== null && p[1] !== null);
+  const index = whole(fields.a) ?? (fields.l === undefined ? start.attention : 0);
+  const attention = recording.attention(index) ?? recording.attention(start.attention);
+  const selection = { ...start, attention: recording.payload.attentions.indexOf(attention), word: null, target: null };
+  selection.unit = fields.unit === "token" ? "token" : "word";
+  selection.mode = fields.mode === "from" ? "from" : "to";
+  selection.view = ["heads", "map"].includes(fields.view) ? fields.view : "sentence";
+  selection.sort = fields.sort === "link" ? "link" : "position";
+  selection.origin = fields.how === "1";
+  const exists = ([layer, head]) => attention.layers.includes(layer) && head < attention.num_heads;
+  const asked = [whole(fields.l), whole(fields.h)];
+  [selection.layer, selection.head] = exists(asked) ? asked : exists([start.layer, start.head]) ? [start.layer, start.head] : [attention.layers[0], 0];
+  const sides = [attention.query_side, attention.key_side];
+  selection.side = sides.includes(start.side) ? start.side : attention.query_side;
+  const stands = ([side, word]) => sides.includes(side) && word < recording.units(side, selection.unit).length;
+  const word = pairs(fields.w).filter(stands)[0];
+  if (word) [selection.side, selection.word] = word;
+  const target = whole(fields.t);
+  const far = selection.side === attention.query_side ? attention.key_side : attention.query_side;
+  if (target !== null && stands([far, target])) selection.target = target;
+  selection.pins = pairs(fields.pins).filter(stands).slice(0, HUES).map(([side, w]) => ({ side, word: w }));
+  selection.heads = pairs(fields.heads).filter(exists).slice(0, HUES);
+  return selection;
+}
