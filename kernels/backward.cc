@@ -108,6 +108,13 @@ void load_rows(const View& view, const Queries& queries, i64 dim, i64 width, C* 
         load_row(lane < queries.count ? queries.at<T>(view, lane) : nullptr, view.col, dim, width, to + lane * width);
 }
 
+template <class C>
+void columns_of_rows(const C* rows, i64 width, i64 cols, C* to) {
+    const C* pointers[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) pointers[lane] = rows + lane * width;
+    columns_of(pointers, kLanes, 1, cols, to);
+}
+
 // Rows that hold NaN or inf, as zeros: 0 · NaN would carry them past the mask. A dS that may see such a row is NaN
 // already, and NaN · 0 is NaN.
 template <class C>
@@ -254,19 +261,17 @@ void part_task(const void* context, i64 index, void* memory) {
                 }
                 if (!packed) {
                     packed = true;
-                    load_queries<T, C>(s, queries, b.tile.queries);
                     load_rows<T, C>(s.q, queries, d, wide_d, b.rows);
+                    columns_of_rows(b.rows, wide_d, d, b.tile.queries);
                     if (!all_finite(b.rows, wide_d, kLanes, wide_d)) finite_rows(b.rows, kLanes, wide_d, b.rows);
                     load_rows<T, C>(call.grad_out, queries, e, wide_e, b.grad_rows);
-                    const C* columns[kLanes];
-                    for (int lane = 0; lane < kLanes; ++lane) columns[lane] = b.grad_rows + lane * wide_e;
-                    columns_of(columns, kLanes, 1, e, b.grad_columns);
+                    columns_of_rows(b.grad_rows, wide_e, e, b.grad_columns);
                     zero(b.grad_q, kLanes * wide_d);
                 }
                 const i64 first = j * kKeys, at = first - start, count = end - first < kKeys ? end - first : kKeys;
                 const C* key_rows = b.keys + at * wide_d;
-                score_keys<T, C>(s, queries, key_rows, wide_d, first, count, kBiased, kLog2E,
-                                 cover == Cover::some ? visible.words : nullptr, b.tile, b.slope);
+                score_keys<T, C, C>(s, queries, key_rows, wide_d, first, count, kBiased, kLog2E,
+                                    cover == Cover::some ? visible.words : nullptr, b.tile, b.slope);
                 C* grads = b.grads;
                 product<C>(values + at * values_step, values_step, 1, count, b.grad_columns, kLanes, e, queries.count,
                            [grads](i64 row, int lane, Vector<C> sum) { store(grads + row * kLanes + lane, sum); });

@@ -31,6 +31,7 @@
     }
 
 #if defined(__x86_64__)
+REGARD_DECLARE(avx512_bf16)
 REGARD_DECLARE(avx512)
 REGARD_DECLARE(avx2)
 #endif
@@ -52,8 +53,10 @@ const std::vector<Target>& targets() {
                           __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
         if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-            __builtin_cpu_supports("avx512cd"))
+            __builtin_cpu_supports("avx512cd")) {
+            if (__builtin_cpu_supports("avx512bf16")) list.push_back(REGARD_TARGET_OF(avx512_bf16));
             list.push_back(REGARD_TARGET_OF(avx512));
+        }
         if (avx2) list.push_back(REGARD_TARGET_OF(avx2));
 #endif
         list.push_back(REGARD_TARGET_OF(portable));

@@ -38,6 +38,40 @@ void add_taken_out(u64 taken, const T* v, const View& view, i64 keys, i64 cols, 
                     out[c * kLanes + lane] += p[j * kLanes + lane] * widen(v[j * view.row + c * view.col]);
 }
 
+// Oᵀ = Oᵀ · factor + Vᵀ Pᵀ over one tile of keys; P rounded to bfloat16 where v goes in pairs of keys.
+template <class T, class C>
+void add_values(const ForwardCall& call, const T* v, i64 count, const u64* words, int lanes, const C* factor,
+                const TileScratch<C>& scratch, C* values, C* out) {
+    const i64 dim = call.head_dim_v;
+    const auto finish = [out, factor](i64 row, int lane, Vector<C> sum) {
+        C* at = out + row * kLanes + lane;
+        store(at, load(at) * load(factor + lane) + sum);
+    };
+    u64 taken = 0;
+    if constexpr (kPaired<T>) {
+        if (words != nullptr)
+            for (i64 j = 0; j < count; ++j)
+                for (i64 c = 0; c < dim; ++c)
+                    taken |= u64{(v[j * call.v.row + c * call.v.col].bits & 0x7f80) == 0x7f80} << j;
+        Pair* value_pairs = reinterpret_cast<Pair*>(values);
+        Pair* weight_pairs = reinterpret_cast<Pair*>(scratch.bias);  // the bias is in the scores by now
+        pairs_of_rows(v, call.v.row, call.v.col, count, dim, taken, value_pairs);
+        pairs_of_weights(scratch.scores, count, lanes, weight_pairs);
+        product<Pair>(reinterpret_cast<const T*>(value_pairs), 2, 2 * dim, dim, weight_pairs, kLanes, (count + 1) / 2,
+                      lanes, finish);
+    } else {
+        i64 leading;
+        const C* rows = rows_of<T, C>(v, call.v.row, call.v.col, count, dim, values, &leading);
+        if (words != nullptr && !all_finite(rows, leading, count, dim)) {
+            taken = take_out_non_finite(rows, leading, count, dim, values);
+            rows = values;
+            leading = dim;
+        }
+        product<C>(rows, 1, leading, dim, scratch.scores, kLanes, count, lanes, finish);
+    }
+    if (taken != 0) add_taken_out(taken, v, call.v, count, dim, words, lanes, scratch.scores, out);
+}
+
 template <class C>
 i64 scratch_size(const ForwardCall& call) {
     return TileScratch<C>::size(call.scores) + call.head_dim_v * (kLanes + kKeys);
@@ -63,7 +97,7 @@ void task(const void* context, i64 index, void* memory) {
     alignas(64) C m[kLanes], l[kLanes], factor[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) m[lane] = -kInfinity<C>, l[lane] = 0;
     for (i64 i = 0; i < dim * kLanes; ++i) out[i] = 0;
-    load_queries<T, C>(s, queries, scratch.queries);
+    load_queries<T, C>(s, queries, scratch.queries, scratch.keys);
 
     const T* v = static_cast<const T*>(call.v.data) + queries.batch * call.v.batch + queries.kv_head * call.v.head;
     for (i64 j = visible.first_tile; j < visible.last_tile; ++j) {
@@ -75,22 +109,7 @@ void task(const void* context, i64 index, void* memory) {
         softmax_step<C>(scratch.scores, count, queries.count, m, l, factor);
         if (call.dropout != 0) drop<C>(call.seed, queries, call.first_row, first, count, call.dropout, scratch.scores);
 
-        i64 leading;
-        const C* value_rows =
-            rows_of<T, C>(v + first * call.v.row, call.v.row, call.v.col, count, dim, values, &leading);
-        u64 taken = 0;
-        if (words != nullptr && !all_finite(value_rows, leading, count, dim)) {
-            taken = take_out_non_finite(value_rows, leading, count, dim, values);
-            value_rows = values;
-            leading = dim;
-        }
-        product<C>(value_rows, 1, leading, dim, scratch.scores, kLanes, count, queries.count,
-                   [out, &factor](i64 row, int lane, Vector<C> sum) {
-                       C* at = out + row * kLanes + lane;
-                       store(at, load(at) * load(factor + lane) + sum);
-                   });
-        if (taken != 0)
-            add_taken_out(taken, v + first * call.v.row, call.v, count, dim, words, queries.count, scratch.scores, out);
+        add_values<T, C>(call, v + first * call.v.row, count, words, queries.count, factor, scratch, values, out);
     }
 
     alignas(64) C share[kLanes] = {};

@@ -83,6 +83,11 @@ struct Queries {
             row[lane] = (first + lane) % s.seq_len_q;
         }
     }
+    // Row `first` of the k/v head that these queries read.
+    template <class T>
+    const T* of_head(const View& view, i64 first) const {
+        return static_cast<const T*>(view.data) + batch * view.batch + kv_head * view.head + first * view.row;
+    }
     template <class T>
     T* at(const View& view, int lane) const {
         return static_cast<T*>(view.data) + batch * view.batch + head[lane] * view.head + row[lane] * view.row;
@@ -194,20 +199,81 @@ struct TileScratch {
           bias(keys + s.head_dim * kKeys) {}
 };
 
+// Rows of bfloat16 as pairs: in place where they are so already, else copied with an odd end filled by a zero.
+REGARD_INLINE const BFloat16* paired_rows(const BFloat16* from, i64 row_stride, i64 col_stride, i64 rows, i64 cols,
+                                          BFloat16* buffer, i64* leading) {
+    if (col_stride == 1 && cols % 2 == 0) {
+        *leading = row_stride;
+        return from;
+    }
+    *leading = (cols + 1) / 2 * 2;
+    for (i64 r = 0; r < rows; ++r)
+        for (i64 c = 0; c < *leading; ++c)
+            buffer[r * *leading + c] = c < cols ? from[r * row_stride + c * col_stride] : BFloat16{0};
+    return buffer;
+}
+
+// to[j / 2][c] = (from[j][c], from[j + 1][c]): rows in pairs, those in `left_out` and a missing last one as zeros.
+template <class T>
+REGARD_INLINE void pairs_of_rows(const T* from, i64 row_stride, i64 col_stride, i64 rows, i64 cols, u64 left_out,
+                                 Pair* to) {
+    using L = LanesOf<float>;
+    for (i64 j = 0; j < rows; j += 2) {
+        const T* first = (left_out >> j) & 1 ? nullptr : from + j * row_stride;
+        const T* second = j + 1 == rows || (left_out >> (j + 1)) & 1 ? nullptr : from + (j + 1) * row_stride;
+        Pair* row = to + j / 2 * cols;
+        i64 c = 0;
+        if (col_stride == 1 && first != nullptr && second != nullptr)
+            for (; c + L::width <= cols; c += L::width) {
+                const auto low = __builtin_convertvector(*reinterpret_cast<const L::Half*>(first + c), L::U);
+                const auto high = __builtin_convertvector(*reinterpret_cast<const L::Half*>(second + c), L::U);
+                *reinterpret_cast<L::LooseU*>(row + c) = low | (high << 16);
+            }
+        for (; c < cols; ++c)
+            row[c] = {first == nullptr ? std::uint16_t{0} : first[c * col_stride].bits,
+                      second == nullptr ? std::uint16_t{0} : second[c * col_stride].bits};
+    }
+}
+
+// Weights rounded to bfloat16, two keys to a pair; NaN stays NaN.
+REGARD_INLINE void pairs_of_weights(const float* weights, i64 keys, int lanes, Pair* to) {
+    using L = LanesOf<float>;
+    const auto rounded = [](const float* p) {
+        const L::V x = load(p);
+        const L::U bits = reinterpret_cast<L::U>(x);
+        return x != x ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1);
+    };
+    for (i64 j = 0; j < keys; j += 2)
+        for (int lane = 0; lane < lanes; lane += L::width) {
+            const L::U low = rounded(weights + j * kLanes + lane);
+            const L::U high = j + 1 < keys ? rounded(weights + (j + 1) * kLanes + lane) : L::U{};
+            *reinterpret_cast<L::LooseU*>(to + j / 2 * kLanes + lane) = (low >> 16) | (high & 0xffff0000u);
+        }
+}
+
+// Queries as columns: Qᵀ, or pairs of its rows. `spare` holds one tile of C meanwhile.
 template <class T, class C>
-REGARD_INLINE void load_queries(const Scores& s, const Queries& queries, C* to) {
+REGARD_INLINE void load_queries(const Scores& s, const Queries& queries, C* to, C* spare) {
     const T* rows[kLanes] = {};
     for (int lane = 0; lane < queries.count; ++lane) rows[lane] = queries.at<T>(s.q, lane);
-    columns_of(rows, kLanes, s.q.col, s.head_dim, to);
+    if constexpr (kPaired<T>) {  // a pair has the size of a float, and moves as one
+        const float* pairs[kLanes] = {};
+        i64 leading = 0;
+        T* copies = reinterpret_cast<T*>(spare);
+        for (int lane = 0; lane < queries.count; ++lane)
+            pairs[lane] = reinterpret_cast<const float*>(
+                paired_rows(rows[lane], 0, s.q.col, 1, s.head_dim, copies + lane * (s.head_dim + 1), &leading));
+        columns_of(pairs, kLanes, 1, (s.head_dim + 1) / 2, to);
+    } else {
+        columns_of(rows, kLanes, s.q.col, s.head_dim, to);
+    }
 }
 
 // The rows of one k/v head from key `first` on, as C.
 template <class T, class C>
 REGARD_INLINE const C* head_rows(const View& view, const Queries& queries, i64 first, i64 count, i64 cols, C* buffer,
                                  i64* leading) {
-    const T* from =
-        static_cast<const T*>(view.data) + queries.batch * view.batch + queries.kv_head * view.head + first * view.row;
-    return rows_of<T, C>(from, view.row, view.col, count, cols, buffer, leading);
+    return rows_of<T, C>(queries.of_head<T>(view, first), view.row, view.col, count, cols, buffer, leading);
 }
 
 template <class T, class C>
@@ -219,14 +285,16 @@ REGARD_INLINE void load_bias(const Scores& s, const Queries& queries, i64 first,
 
 // The scores of `count` keys from `first` on, up to `stage`, times `unit` (log2 e where they go on to exp2, else 1).
 // `slope` receives 1 - tanh^2, the derivative of the cap, where there is one and the backward asks.
-template <class T, class C>
-REGARD_INLINE void score_keys(const Scores& s, const Queries& queries, const C* keys, i64 leading, i64 first, i64 count,
-                              int stage, double unit, const u64* words, const TileScratch<C>& scratch,
+template <class T, class C, class E>
+REGARD_INLINE void score_keys(const Scores& s, const Queries& queries, const Left<E>* keys, i64 leading, i64 first,
+                              i64 count, int stage, double unit, const u64* words, const TileScratch<C>& scratch,
                               C* slope = nullptr) {
     C* scores = scratch.scores;
     const bool capped = s.softcap != 0 && stage >= kCapped;
     const C scale = static_cast<C>(capped ? s.scale / s.softcap : s.scale * unit);
-    product<C>(keys, leading, 1, count, scratch.queries, kLanes, s.head_dim, queries.count,
+    constexpr bool pairs = __is_same(E, Pair);
+    product<E>(keys, leading, pairs ? 2 : 1, count, reinterpret_cast<const E*>(scratch.queries), kLanes,
+               pairs ? (s.head_dim + 1) / 2 : s.head_dim, queries.count,
                [scores, scale](i64 row, int lane, Vector<C> sum) { store(scores + row * kLanes + lane, sum * scale); });
     constexpr int W = kWidth<C>;
     const bool biased = s.bias.data != nullptr && stage >= kBiased;
@@ -256,8 +324,14 @@ template <class T, class C>
 REGARD_INLINE void score_tile(const Scores& s, const Queries& queries, i64 first, i64 count, int stage, double unit,
                               const u64* words, const TileScratch<C>& scratch) {
     i64 leading;
-    const C* keys = head_rows<T, C>(s.k, queries, first, count, s.head_dim, scratch.keys, &leading);
-    score_keys<T, C>(s, queries, keys, leading, first, count, stage, unit, words, scratch);
+    if constexpr (kPaired<T>) {
+        const T* keys = paired_rows(queries.of_head<T>(s.k, first), s.k.row, s.k.col, count, s.head_dim,
+                                    reinterpret_cast<T*>(scratch.keys), &leading);
+        score_keys<T, C, Pair>(s, queries, keys, leading, first, count, stage, unit, words, scratch);
+    } else {
+        const C* keys = head_rows<T, C>(s.k, queries, first, count, s.head_dim, scratch.keys, &leading);
+        score_keys<T, C, C>(s, queries, keys, leading, first, count, stage, unit, words, scratch);
+    }
 }
 
 }  // namespace regard::REGARD_TARGET

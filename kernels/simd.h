@@ -5,6 +5,10 @@
 #pragma once
 #include "view.h"
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 #define REGARD_INLINE inline __attribute__((always_inline))
 
 namespace regard::REGARD_TARGET {
@@ -47,6 +51,24 @@ struct LanesOf<double> {
     typedef std::uint64_t U __attribute__((vector_size(kVectorBytes)));
     static constexpr int width = kVectorBytes / 8;
 };
+// Two bfloat16 side by side, multiplied and added up at once where the target has an instruction for it.
+struct Pair {
+    std::uint16_t first, second;
+};
+template <>
+struct LanesOf<Pair> {
+    typedef std::uint32_t V __attribute__((vector_size(kVectorBytes)));
+    typedef std::uint32_t Loose __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+    static constexpr int width = kVectorBytes / 4;
+};
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+template <class T>
+constexpr bool kPaired = kHasPairs && __is_same(T, BFloat16);
+
 template <class C>
 using Vector = typename LanesOf<C>::V;
 template <class C>
@@ -218,22 +240,52 @@ REGARD_INLINE Vector<C> sums(Vector<C> (&rows)[kWidth<C>]) {
 
 // ---- products ----
 
+// What a product is made of: numbers of C, or pairs of bfloat16 summed in float; `Left` is how the left side is stored.
+template <class E>
+struct Term {
+    using Left = E;
+    using Sum = E;
+    static REGARD_INLINE Vector<E> spread(const E* left) { return splat(*left); }
+    static REGARD_INLINE Vector<E> add(Vector<E> sum, Vector<E> left, Vector<E> right) { return sum + left * right; }
+};
+template <>
+struct Term<Pair> {
+    using Left = BFloat16;
+    using Sum = float;
+    static REGARD_INLINE Vector<Pair> spread(const BFloat16* left) {
+        typedef u32 Loose __attribute__((aligned(2), may_alias));
+        return Vector<Pair>{} + *reinterpret_cast<const Loose*>(left);
+    }
+    static REGARD_INLINE Vector<float> add(Vector<float> sum, Vector<Pair> left, Vector<Pair> right) {
+#if defined(__AVX512BF16__)
+        return (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)left, (__m512bh)right);
+#else
+        (void)left, (void)right;
+        return sum;
+#endif
+    }
+};
+template <class E>
+using Left = typename Term<E>::Left;
+template <class E>
+using Sum = typename Term<E>::Sum;
+
 // R x N vectors of out[r][lane] = sum over t < depth of a[r * a_row + t * a_step] * b[t * b_step + lane], each sum one
 // chain in the order of t, so that a number does not depend on the block it was computed in.
-template <class C, int R, int N, class Finish>
-REGARD_INLINE void block(const C* a, i64 a_row, i64 a_step, const C* b, i64 b_step, i64 depth, i64 row, int lane,
+template <class E, int R, int N, class Finish>
+REGARD_INLINE void block(const Left<E>* a, i64 a_row, i64 a_step, const E* b, i64 b_step, i64 depth, i64 row, int lane,
                          Finish finish) {
-    constexpr int W = kWidth<C>;
-    Vector<C> sum[R][N] = {};
+    constexpr int W = kWidth<E>;
+    Vector<Sum<E>> sum[R][N] = {};
     for (i64 t = 0; t < depth; ++t) {
-        Vector<C> right[N];
+        Vector<E> right[N];
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) right[n] = load(b + t * b_step + n * W);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            const Vector<C> left = splat(a[r * a_row + t * a_step]);
+            const Vector<E> left = Term<E>::spread(a + r * a_row + t * a_step);
 #pragma GCC unroll 8
-            for (int n = 0; n < N; ++n) sum[r][n] += left * right[n];
+            for (int n = 0; n < N; ++n) sum[r][n] = Term<E>::add(sum[r][n], left, right[n]);
         }
     }
 #pragma GCC unroll 16
@@ -242,38 +294,38 @@ REGARD_INLINE void block(const C* a, i64 a_row, i64 a_step, const C* b, i64 b_st
         for (int n = 0; n < N; ++n) finish(row + r, lane + n * W, sum[r][n]);
 }
 
-template <class C, int R, int N, class Finish>
-REGARD_INLINE void block_of_at_most(const C* a, i64 a_row, i64 a_step, const C* b, i64 b_step, i64 depth, i64 row,
+template <class E, int R, int N, class Finish>
+REGARD_INLINE void block_of_at_most(const Left<E>* a, i64 a_row, i64 a_step, const E* b, i64 b_step, i64 depth, i64 row,
                                     i64 rows, int lane, Finish finish) {
     if constexpr (R > 0) {
-        if (rows == R) return block<C, R, N>(a, a_row, a_step, b, b_step, depth, row, lane, finish);
-        block_of_at_most<C, R - 1, N>(a, a_row, a_step, b, b_step, depth, row, rows, lane, finish);
+        if (rows == R) return block<E, R, N>(a, a_row, a_step, b, b_step, depth, row, lane, finish);
+        block_of_at_most<E, R - 1, N>(a, a_row, a_step, b, b_step, depth, row, rows, lane, finish);
     }
 }
 
-template <class C, int R, int N, class Finish>
-__attribute__((noinline)) void column_of_blocks(const C* a, i64 a_row, i64 a_step, i64 rows, const C* b, i64 b_step,
-                                                i64 depth, int lane, Finish finish) {
+template <class E, int R, int N, class Finish>
+__attribute__((noinline)) void column_of_blocks(const Left<E>* a, i64 a_row, i64 a_step, i64 rows, const E* b,
+                                                i64 b_step, i64 depth, int lane, Finish finish) {
     i64 row = 0;
     for (; row + R <= rows; row += R)
-        block<C, R, N>(a + row * a_row, a_row, a_step, b + lane, b_step, depth, row, lane, finish);
-    block_of_at_most<C, R - 1, N>(a + row * a_row, a_row, a_step, b + lane, b_step, depth, row, rows - row, lane,
+        block<E, R, N>(a + row * a_row, a_row, a_step, b + lane, b_step, depth, row, lane, finish);
+    block_of_at_most<E, R - 1, N>(a + row * a_row, a_row, a_step, b + lane, b_step, depth, row, rows - row, lane,
                                   finish);
 }
 
 // finish(row, lane, sums) for all rows < rows and lanes < lanes, and lanes beyond up to a multiple of kLanes: b and
 // what finish writes must be so wide. Few lanes (decoding) take taller blocks.
-template <class C, class Finish>
-REGARD_INLINE void product(const C* a, i64 a_row, i64 a_step, i64 rows, const C* b, i64 b_step, i64 depth, i64 lanes,
-                           Finish finish) {
-    constexpr int W = kWidth<C>, N = kBlockVectors;
+template <class E, class Finish>
+REGARD_INLINE void product(const Left<E>* a, i64 a_row, i64 a_step, i64 rows, const E* b, i64 b_step, i64 depth,
+                           i64 lanes, Finish finish) {
+    constexpr int W = kWidth<E>, N = kBlockVectors;
     for (int lane = 0; lane < lanes; lane += N * W) {
         if (lanes - lane <= W)
-            column_of_blocks<C, 2 * kBlockRows, 1>(a, a_row, a_step, rows, b, b_step, depth, lane, finish);
+            column_of_blocks<E, 2 * kBlockRows, 1>(a, a_row, a_step, rows, b, b_step, depth, lane, finish);
         else if (N > 2 && lanes - lane <= 2 * W)
-            column_of_blocks<C, N * kBlockRows / 2, 2>(a, a_row, a_step, rows, b, b_step, depth, lane, finish);
+            column_of_blocks<E, N * kBlockRows / 2, 2>(a, a_row, a_step, rows, b, b_step, depth, lane, finish);
         else
-            column_of_blocks<C, kBlockRows, N>(a, a_row, a_step, rows, b, b_step, depth, lane, finish);
+            column_of_blocks<E, kBlockRows, N>(a, a_row, a_step, rows, b, b_step, depth, lane, finish);
     }
 }
 
