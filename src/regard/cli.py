@@ -1,0 +1,232 @@
+"""The command line: `regard look` shows what a model attends to.
+
+Enters: a text, the name of a model, what to look for.
+Leaves: a coloured table in the terminal, and the page in a browser or in a file.
+A refusal is one sentence and status 1.
+Top floor: thin; everything heavy is imported when it is used."""
+
+from __future__ import annotations
+
+import os
+import sys
+import webbrowser
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from regard.lens.links import Found
+    from regard.lens.look import Look
+    from regard.lens.server import View
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Attention you can see.",
+)
+
+
+def main() -> None:
+    """Run the command line; what `regard` and `python -m regard.cli` call."""
+    try:
+        app(prog_name="regard")
+    except (ImportError, OSError, ValueError) as refused:
+        sys.exit(_refused(refused))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import regard
+
+        typer.echo(f"regard {regard.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def look(
+    text: Annotated[
+        str | None, typer.Argument(help="What the model reads; for a speech model the path of a .wav file.")
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="minilm, smollm2, rxnmapper, mathformer, a model directory, a .gguf file or a hub id.", metavar="MODEL"
+        ),
+    ] = "minilm",
+    layer: Annotated[int | None, typer.Option(help="Open on this layer, counted from 0.")] = None,
+    head: Annotated[int | None, typer.Option(help="Open on this head, counted from 0.")] = None,
+    find: Annotated[
+        tuple[str, str] | None,
+        typer.Option(help="List the heads in which the first word attends most to the second.", metavar="WORD WORD"),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="What an encoder-decoder shall have written; default what it writes itself.")
+    ] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(help="Write the view to a .html, .svg, .png or .json file, and leave.", metavar="FILE"),
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="Serve on this port; default 8765 or the next free one.")] = None,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Open no browser.")] = False,
+) -> None:
+    """Show what a model attends to in a text: the strongest links here, everything on a page."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    try:
+        _look(console, text, model, layer, head, find, target, save, port, no_browser)
+    except (ImportError, OSError, ValueError) as refused:
+        raise typer.Exit(_refused(refused)) from None
+
+
+def _look(
+    console: Console,
+    text: str | None,
+    model: str,
+    layer: int | None,
+    head: int | None,
+    find: tuple[str, str] | None,
+    target: str | None,
+    save: Path | None,
+    port: int | None,
+    no_browser: bool,
+) -> None:
+    from regard.lens import export, server
+
+    if save is not None:
+        save = save.expanduser()
+        export.check_target(save)
+    listening = server.bind(port) if save is None else None
+    try:
+        from regard.lens.look import default_text, look
+
+        with _progress() as report:
+            from regard.lens.models import load
+
+            loaded = load(model, report)
+            chosen = default_text(loaded) if text is None else text
+            if chosen is None:
+                raise ValueError(
+                    f"look: TEXT must be the path of a .wav file for {loaded.name}, which hears speech; got none. "
+                    "Pass one."
+                )
+            report("reading the text", 0.0)
+            seen = look(loaded, chosen, target, lambda message: report(message, 0.5))
+            view, found = _view(seen, layer, head, find, live=save is None)
+        _print_links(console, view, found, find, layer, head)
+        if save is not None:
+            with _progress() as report:
+                report(f"writing {save.name}", 0.5)
+                export.write(save, seen, view.page)
+            console.print(f"Wrote {save}", soft_wrap=True, markup=False)
+            return
+
+        def again(new: str) -> View:
+            if loaded.shape == "speech":
+                raise ValueError(
+                    f"look: sound is chosen on the command line; got a text. Run regard look FILE.wav --model {model}."
+                )
+            return _view(look(loaded, new), None, None, None, live=True)[0]
+
+        def started(address: str) -> None:
+            console.print(f"\n{address}   Ctrl-C stops it", soft_wrap=True, markup=False)
+            if not no_browser and _has_browser():
+                webbrowser.open(address)
+
+        assert listening is not None
+        server.serve(listening, view, again, started)
+    finally:
+        if listening is not None:
+            listening.close()
+
+
+def _view(
+    seen: Look, layer: int | None, head: int | None, find: tuple[str, str] | None, live: bool
+) -> tuple[View, list[Found] | None]:
+    from regard.lens import links, payload
+    from regard.lens.server import View
+
+    found = None if find is None else links.find(seen, seen.front, *find)
+    selection = payload.first_selection(seen, layer, head, found)
+    return View(seen, payload.payload(seen, selection, found, live)), found
+
+
+def _print_links(
+    console: Console,
+    view: View,
+    found: list[Found] | None,
+    find: tuple[str, str] | None,
+    layer: int | None,
+    head: int | None,
+) -> None:
+    from rich.markup import escape
+
+    from regard.lens import table
+
+    seen, selection = view.look, view.page["selection"]
+    attention = seen.attentions[selection["attention"]]
+    shape = f"{len(attention.layers)} layers × {attention.num_heads} heads"
+    console.print(f"[bold]{escape(seen.loaded.name)}[/]  {shape} · {attention.label} · exact")
+    if found is not None and find is not None:
+        console.print(table.found_table(seen, selection["attention"], found, find))
+    only = (layer, head) if found is None else (selection["layer"], selection["head"])
+    links_table, apart = table.links_table(seen, selection["attention"], *only)
+    console.print(links_table)
+    console.print(apart)
+    for note in seen.notes:
+        console.print(escape(note), style="dim")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    """A bar on standard error for what takes longer than a second; silent where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns: list[Any] = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()]
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task("starting", total=1.0)
+
+        def report(message: str, share: float) -> None:
+            bars.update(task, description=message, completed=share)
+
+        yield report
+
+
+def _has_browser() -> bool:
+    return sys.platform == "darwin" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+
+
+def _refused(refused: Exception) -> int:
+    """Say on standard error, in one sentence, what was wrong; the exit status."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    if isinstance(refused, ModuleNotFoundError):
+        message = f"{refused.name} must be installed; found none. Run: pip install 'regard[look]'."
+    else:
+        message = str(refused)
+    Console(stderr=True, highlight=False).print(f"[bold red]error[/] {escape(message)}", soft_wrap=True)
+    return 1
+
+
+if __name__ == "__main__":
+    main()

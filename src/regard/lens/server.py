@@ -1,0 +1,223 @@
+"""The live page on this machine.
+
+Enters: a first view, and a function that runs another text through the model.
+Leaves: a page on 127.0.0.1: its JSON, its numbers by key, and new texts on request.
+Only this machine is answered: the socket is bound to loopback, Host and Origin are checked, bodies are bounded.
+Floor 6: starlette and uvicorn, loaded when it is served."""
+
+from __future__ import annotations
+
+import errno
+import json
+import socket
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from regard.lens.export import page_html, script_json
+from regard.lens.look import Look
+from regard.lens.payload import blob
+
+HOST = "127.0.0.1"
+PORT = 8765
+TRIES = 20
+LARGEST_BODY = 1_000_000
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
+        "connect-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+@dataclass(frozen=True)
+class View:
+    """What is on the page now: a look, and its JSON."""
+
+    look: Look
+    page: dict[str, Any]
+
+
+def application(view: View, run: Callable[[str], View], port: int, started: Callable[[], None] | None = None) -> Any:
+    """The page as an ASGI application.
+
+    Args:
+        view: what is shown first.
+        run: runs a text; raises ValueError with a sentence for people where it cannot.
+        port: where it is served, for the check of Host and Origin.
+        started: called once, when it can be reached.
+    """
+    from starlette.applications import Starlette
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Route
+
+    state = {"view": view}
+    busy = threading.Lock()
+
+    def page(_: Request) -> Response:
+        return Response(page_html(), media_type="text/html; charset=utf-8")
+
+    def payload(_: Request) -> Response:
+        return Response(script_json(state["view"].page), media_type="application/json")
+
+    def numbers(request: Request) -> Response:
+        found = blob(state["view"].look, request.path_params["key"])
+        if found is None:
+            return _sentence(404, "There are no such numbers in this recording. Reload the page.")
+        shape = ",".join(map(str, found.shape))
+        return Response(
+            found.bytes(), media_type="application/octet-stream", headers={"X-Shape": shape, "X-Dtype": found.dtype}
+        )
+
+    async def again(request: Request) -> Response:
+        from starlette.concurrency import run_in_threadpool
+
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            return _sentence(415, "Send the text as JSON.")
+        body = bytearray()
+        try:
+            async for part in request.stream():
+                body += part
+                if len(body) > LARGEST_BODY:
+                    return _sentence(413, f"The text is longer than {LARGEST_BODY:,} bytes. Send a shorter one.")
+        except ClientDisconnect:
+            return Response(status_code=400)
+        try:
+            asked = json.loads(bytes(body))
+            text = asked["text"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return _sentence(400, 'Send {"text": "a sentence"}.')
+        if not isinstance(text, str):
+            return _sentence(400, 'Send {"text": "a sentence"}.')
+        return await run_in_threadpool(answer, text)
+
+    def answer(text: str) -> Response:
+        with busy:
+            try:
+                state["view"] = run(text)
+            except ValueError as refused:
+                return _sentence(422, _plain(str(refused)))
+            except Exception as failed:  # the page must say so; the server goes on
+                return _sentence(500, f"The model failed: {type(failed).__name__}: {failed}")
+            return Response(script_json(state["view"].page), media_type="application/json")
+
+    def _sentence(status: int, text: str) -> Response:
+        return JSONResponse({"error": text}, status_code=status)
+
+    @asynccontextmanager
+    async def life(_: Any) -> AsyncIterator[None]:
+        if started is not None:
+            started()
+        yield
+
+    routes = [
+        Route("/", page, methods=["GET"]),
+        Route("/api/payload", payload, methods=["GET"]),
+        Route("/api/blob/{key:path}", numbers, methods=["GET"]),
+        Route("/api/run", again, methods=["POST"]),
+    ]
+    return _guarded(Starlette(routes=routes, lifespan=life), port)
+
+
+def bind(port: int | None) -> socket.socket:
+    """A listening socket on this machine alone.
+
+    Args:
+        port: the port asked for; None takes 8765 or the next that is free.
+
+    Raises:
+        ValueError: the port is taken, reserved or no port.
+    """
+    if port is not None and not 1 <= port <= 65535:
+        raise ValueError(f"look: --port must be from 1 to 65535; got {port}. Choose another, or leave it out.")
+    wanted = [port] if port is not None else [*range(PORT, PORT + TRIES), 0]
+    for one in wanted:
+        own = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            own.bind((HOST, one))
+            own.listen(64)
+            return own
+        except OSError as taken:
+            own.close()
+            if port is None and taken.errno in (errno.EADDRINUSE, errno.EACCES):
+                continue
+            why = {errno.EADDRINUSE: "which another program uses", errno.EACCES: "which is reserved"}
+            raise ValueError(
+                f"look: --port must be free; got {one}, {why.get(taken.errno or 0, str(taken))}. "
+                "Choose another, or leave it out."
+            ) from None
+    raise ValueError("look: no free port was found. Pass one with --port.")
+
+
+def serve(
+    listening: socket.socket, view: View, run: Callable[[str], View], started: Callable[[str], None] | None = None
+) -> None:
+    """Serve the page until Ctrl-C.
+
+    Args:
+        listening: from `bind`.
+        view: what is shown first.
+        run: runs a text.
+        started: called with the page's address, when it can be reached.
+    """
+    import uvicorn
+
+    port = listening.getsockname()[1]
+    app = application(view, run, port, lambda: started(f"http://{HOST}:{port}/") if started else None)
+    config = uvicorn.Config(
+        app, log_level="error", access_log=False, server_header=False, timeout_graceful_shutdown=1, ws="none"
+    )
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    except KeyboardInterrupt:  # uvicorn hands Ctrl-C on once it has closed
+        pass
+    finally:
+        listening.close()
+
+
+def _guarded(app: Any, port: int) -> Any:
+    """Answer only requests that name this machine, from this page or from no page; add the headers of safety."""
+    hosts = {f"{name}:{port}".encode() for name in (HOST, "localhost")}
+    origins = {b"http://" + host for host in hosts}
+    extra = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
+
+    async def guard(scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+
+        async def sent(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", []), *extra]}
+            await send(message)
+
+        given: dict[bytes, list[bytes]] = {}
+        for name, value in scope["headers"]:
+            given.setdefault(name.lower(), []).append(value)
+        allowed = given.get(b"host", []) in [[host] for host in hosts] and all(
+            origin in origins for origin in given.get(b"origin", [])
+        )
+        if not allowed or given.get(b"sec-fetch-site", [b"none"])[0] not in (b"none", b"same-origin"):
+            body = json.dumps({"error": f"Open http://{HOST}:{port}/ on this machine."}).encode()
+            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+            await sent({"type": "http.response.start", "status": 403, "headers": headers})
+            await sent({"type": "http.response.body", "body": body})
+            return
+        await app(scope, receive, sent)
+
+    return guard
+
+
+def _plain(sentence: str) -> str:
+    """An error without the name of the function that raised it."""
+    words = sentence.removeprefix("look: ")
+    return words[:1].upper() + words[1:]
