@@ -54,7 +54,7 @@ test: setup-dev
 
 bench: setup-dev
 	@mkdir -p benchmarks/results
-	@$(BIN)/python benchmarks/bench_forward.py --json benchmarks/results/forward.json $(ARGS)
+	@$(BIN)/python benchmarks/bench_engine.py --json benchmarks/results/engine.json $(ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff check .
