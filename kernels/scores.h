@@ -112,6 +112,17 @@ struct Visible {
         mask_ = &s.mask, queries_ = &queries, keys_ = s.seq_len_kv;
         first_tile = 0, last_tile = (keys_ + kKeys - 1) / kKeys;
         common_low_ = 0, common_high_ = keys_;
+        if (s.mask.kind == kBits) {  // the span of each row, looked at from outside: tiles beyond cost nothing later
+            i64 low = s.mask.count, high = 0;
+            for (int lane = 0; lane < queries.count; ++lane) {
+                const u64* row = static_cast<const u64*>(s.mask.data) + at(lane);
+                for (i64 w = 0; w < low; ++w)
+                    if (row[w] != 0) low = w;
+                for (i64 w = s.mask.count; w > high; --w)
+                    if (row[w - 1] != 0) high = w;
+            }
+            first_tile = low < high ? low : 0, last_tile = high;
+        }
         if (s.mask.kind != kIntervals) return;
         if (s.mask.count == 0) {  // no row has a range
             last_tile = 0;

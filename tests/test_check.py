@@ -91,9 +91,9 @@ CALLS = {
     ),
     "another device": (
         ValueError,
-        lambda: regard.attention(*(t.to("meta") for t in qkv())),
-        "attention: q, k and v must be on the CPU; got meta. Move them with .cpu(), or use "
-        "torch.nn.functional.scaled_dot_product_attention on that device.",
+        lambda: regard.attention_weights(*(t.to("meta") for t in qkv()[:2])),
+        "attention_weights: some backend must be able to do the call on meta; got 'flex', and it gives no weights; "
+        "'sdpa', and it gives no weights. Move q, k and v with .cpu().",
     ),
     "a bias on another device": (
         ValueError,
@@ -260,7 +260,8 @@ CALLS = {
     "a backend that there is not": (
         ValueError,
         lambda: regard.explain(*qkv(), backend="cuda"),
-        "explain: backend must be 'native', 'reference' or None; got 'cuda'. Leave it out for the best.",
+        "explain: backend must be 'native', 'reference', 'flex', 'sdpa' or None; got 'cuda'. "
+        "Leave it out for the best.",
     ),
 }
 
@@ -283,11 +284,11 @@ def test_numbers_may_be_ints_and_spans_may_be_empty_or_whole():
 
 
 def test_every_message_names_the_argument_says_what_it_got_and_how_to_mend_it():
-    for name in ("check", "cache", "call", "masks", "mask_rules", "biases", "arrays"):
+    for name in ("check", "cache", "call", "masks", "mask_arguments", "mask_shapes", "mask_rules", "biases", "arrays"):
         text = (Path(check.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
         text = re.sub(r'"\s*\n\s*f?"', "", text)  # sentences in one piece
         raised = re.findall(r"raise \w*Error\((.*?)\)(?: from \w+)?\n", text, re.DOTALL)
         assert raised
         for message in raised:
-            assert re.search(r"must|_not_bool", message), message
-            assert re.search(r"; got|has no|_not_bool", message), message
+            assert re.search(r"must|not_bool", message), message
+            assert re.search(r"; got|has no|not_bool", message), message

@@ -905,10 +905,10 @@ def test_explain_tells_backend_isa_tiles_flops_bytes_and_why_the_others_were_ref
     assert plan.flops == 20 * 64 * 64 * 2 * (64 + 64)
     assert plan.bytes > 0
     assert plan.density == pytest.approx((256 + 1) / 512)
-    assert set(plan.refused) == {"reference"}
+    assert set(plan.refused) == {"reference", "flex", "sdpa"}
     other = regard.explain(q, k, v, mask=masks.causal(), backend="reference")
     assert other.backend == "reference"
-    assert set(other.refused) == {"native"}
+    assert set(other.refused) == {"native", "flex", "sdpa"}
     assert "tiles    20 of 32" in str(plan)
 
 
@@ -921,6 +921,6 @@ def test_explain_leaves_a_cache_as_it_is(native):
 
 def test_a_named_backend_that_does_not_exist_is_refused():
     q, k, v = qkv()
-    message = r"^attention: backend must be 'native', 'reference' or None; got 'flex'. Leave it out for the best.$"
+    message = r"^attention: backend must be 'native', 'reference', 'flex', 'sdpa' or None; got 'cuda'. Leave it out"
     with pytest.raises(ValueError, match=message):
-        regard.attention(q, k, v, backend="flex")
+        regard.attention(q, k, v, backend="cuda")

@@ -7,7 +7,7 @@ import gc
 import pickle
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,105 +16,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mask_cases import BATCH, HEADS, Case, cases, painted, spelt_out
 from regard import masks
 from regard.masks import Mask
 from regard.positions import Frame
-
-BATCH, HEADS = 2, 2
-
-
-@dataclass
-class Case:
-    mask: Mask
-    frame: Frame
-
-
-def bools(draw: st.DrawFn, *shape: int) -> Tensor:
-    size = int(np.prod(shape))
-    return torch.tensor(draw(st.lists(st.booleans(), min_size=size, max_size=size)), dtype=torch.bool).reshape(shape)
-
-
-def integers(draw: st.DrawFn, low: int, high: int, *shape: int) -> Tensor:
-    size = int(np.prod(shape))
-    return torch.tensor(
-        draw(st.lists(st.integers(low, high), min_size=size, max_size=size)), dtype=torch.int64
-    ).reshape(shape)
-
-
-@st.composite
-def frames(draw: st.DrawFn) -> Frame:
-    def offset() -> int | Tensor:
-        return draw(st.integers(-6, 6)) if draw(st.booleans()) else integers(draw, -6, 6, BATCH)
-
-    return Frame(BATCH, HEADS, draw(st.integers(0, 7)), draw(st.integers(0, 9)), offset(), offset())
-
-
-def atom(draw: st.DrawFn, frame: Frame) -> Mask:
-    q, kv = frame.seq_len_q, frame.seq_len_kv
-    batch = draw(st.sampled_from([1, BATCH]))
-    side = st.none() | st.integers(0, 5)
-    kind = draw(st.integers(0, 9))
-    match kind:
-        case 0:
-            return masks.causal()
-        case 1:
-            return masks.sliding_window(draw(side), draw(side))
-        case 2:
-            return masks.padding(integers(draw, 0, 9, batch))
-        case 3:
-            return masks.padding(bools(draw, batch, kv))
-        case 4:
-            return masks.documents(integers(draw, -1, 2, batch, draw(st.integers(0, 8))))
-        case 5:
-            return masks.documents(integers(draw, -1, 2, batch, q), integers(draw, -1, 2, batch, kv))
-        case 6:
-            return masks.prefix(draw(st.integers(-2, 9)))
-        case 7:
-            return masks.prefix(integers(draw, -2, 9, BATCH))
-        case 8:
-            shape = [draw(st.sampled_from([1, full])) for full in (BATCH, HEADS, q, kv)]
-            return masks.from_tensor(bools(draw, *shape))
-    return masks.from_function(lambda b, h, p, j: (p + 2 * j + b + h) % 3 == 0)
-
-
-def joined(draw: st.DrawFn, frame: Frame, depth: int) -> Mask:
-    kind = draw(st.integers(0, 3)) if depth else 0
-    if kind == 0:
-        return atom(draw, frame)
-    if kind == 1:
-        return ~joined(draw, frame, depth - 1)
-    left, right = joined(draw, frame, depth - 1), joined(draw, frame, depth - 1)
-    return left & right if kind == 2 else left | right
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    frame = draw(frames())
-    return Case(joined(draw, frame, 3), frame)
-
-
-def spelt_out(mask: Mask, frame: Frame) -> Tensor:
-    return mask.dense(frame).expand(frame.batch, frame.num_heads, frame.seq_len_q, frame.seq_len_kv)
-
-
-def painted(intervals: Tensor, frame: Frame) -> Tensor:
-    """Ranges as bools, checking their form on the way."""
-    assert intervals.dtype == torch.int32 and intervals.is_contiguous()
-    assert intervals.shape[0] in (1, frame.batch) and intervals.shape[1] == frame.seq_len_q and intervals.shape[3] == 2
-    assert intervals.shape[2] <= 16
-    seen = torch.zeros(frame.batch, frame.seq_len_q, frame.seq_len_kv, dtype=torch.bool)
-    for b in range(frame.batch):
-        for i in range(frame.seq_len_q):
-            last, ended = -1, False
-            for lo, hi in intervals[b % intervals.shape[0], i].tolist():
-                if lo == hi:
-                    assert (lo, hi) == (0, 0)
-                    ended = True
-                    continue
-                assert not ended and last < lo < hi <= frame.seq_len_kv
-                seen[b, i, lo:hi] = True
-                last = hi
-    return seen
 
 
 @given(cases())

@@ -71,6 +71,27 @@ def test_masks_made_of_numbers_alone_are_planned_once():
     assert plan._kept_ranges.cache_info().hits >= before + 2
 
 
+def test_strides_and_grids_are_written_down_once():
+    mask = masks.strided(5) & ~masks.neighborhood((40, 40), 9)
+    before = plan._kept_words.cache_info().hits
+    first, again = (next(iter(plan.panels(mask, Frame(1, 1, 1600, 1600)))) for _ in range(2))
+    assert plan._kept_words.cache_info().hits == before + 1
+    assert torch.equal(first.bits, again.bits)
+
+
+def test_words_that_a_function_or_a_tensor_decides_are_written_anew():
+    wanted = True
+    function = masks.from_function(lambda b, h, p, j: ((p - j) % 2 == 0) == wanted)
+    allowed = torch.eye(64, dtype=torch.bool)
+    frame = Frame(1, 1, 64, 64)
+    for mask in (function, masks.strided(3) & masks.from_tensor(allowed)):
+        wanted, allowed[:] = True, torch.eye(64, dtype=torch.bool)
+        next(iter(plan.panels(mask, frame)))
+        wanted, allowed[:] = False, True
+        (panel,) = plan.panels(mask, frame)
+        assert torch.equal(panel.visible(range(64)).expand(1, 1, 64, 64), mask.dense(frame).expand(1, 1, 64, 64))
+
+
 def test_a_function_is_asked_only_where_its_partner_leaves_something():
     asked = []
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from regard import arrays, check, op, reference
+from regard import arrays, check, lowering, op, reference
 from regard.biases import Bias
 from regard.cache import KVCache
 from regard.call import Call, ready
@@ -70,8 +70,8 @@ def attention(
     Query i stands at position `i + query_offset`, key j at `j + key_offset`. A query that sees no key gives 0.
 
     Args:
-        q: float32, bfloat16, float16 or float64 `(batch, num_heads, seq_len_q, head_dim)`, any strides; a torch tensor,
-            or anything on the CPU that speaks DLPack.
+        q: float32, bfloat16, float16 or float64 `(batch, num_heads, seq_len_q, head_dim)`, any strides; a torch tensor
+            on any device, or anything on the CPU that speaks DLPack.
         k: `(batch, num_kv_heads, seq_len_kv, head_dim)`, same dtype; num_heads is a multiple of num_kv_heads, and query
             head h reads k/v head `h // (num_heads // num_kv_heads)`.
         v: `(batch, num_kv_heads, seq_len_kv, head_dim_v)`, same dtype.
@@ -88,8 +88,10 @@ def attention(
         key_offset: position of the first key, an int or int64 `(batch,)`. Default 0.
         cache: a `KVCache`; k and v are appended to it, all it holds is attended to, and it supplies both offsets.
             Default None.
-        backend: "native", the compiled kernels, or "reference", plain float64 operations with n² memory. Default None:
-            the best there is, "native".
+        backend: "native", the compiled kernels; "reference", plain float64 operations with n² memory; "flex" or "sdpa",
+            PyTorch's FlexAttention and scaled_dot_product_attention, which run on other devices too but let NaN of a
+            masked key through. Default None: "native" on the CPU; elsewhere "sdpa" where it needs no mask of its own,
+            "flex" otherwise.
 
     Returns:
         `(batch, num_heads, seq_len_q, head_dim_v)`, in q's dtype and kind. Differentiable in q, k, v, bias and sinks.
@@ -139,7 +141,7 @@ def attention_with_stats(
 
     Args:
         q, k, v, mask, bias, scale, softcap, sinks, dropout, query_offset, key_offset, cache, backend: as in
-            `attention`.
+            `attention`; statistics are taken by "native" and "reference" alone, and "sdpa" has no lse.
         top_k: how many of the largest weights of each query to report, with their keys. Default 0: none.
         received: whether to sum each key's weights over the queries. Default False.
         entropy: whether to report −Σ w ln w of each query. Default False.
@@ -162,13 +164,16 @@ def attention_with_stats(
     """
     top_k = check.count("attention_with_stats", "top_k", top_k, 0)
     block = check.block("attention_with_stats", block)
+    asked = {"top_k": top_k, "received": received, "entropy": entropy, "max_score": max_score, "block": block}
+    wanted = "statistics" if any(asked.values()) else "lse"
     call = ready(
         "attention_with_stats", q, k, v, mask, bias, scale, softcap, sinks, dropout, query_offset, key_offset, cache,
-        backend,
+        backend, wanted=wanted,
     )  # fmt: skip
     out, lse = _attended(call)
-    asked = {"top_k": top_k, "received": received, "entropy": entropy, "max_score": max_score, "block": block}
-    if call.native:
+    if wanted == "lse":
+        found = {}
+    elif call.native:
         found = op.statistics(call.q, call.k, lse.detach(), **call.terms, **asked)
     else:
         exact = reference.statistics(call.q, call.k, reference.Terms(**call.terms, sinks=call.sinks), **asked)
@@ -203,7 +208,8 @@ def attention_weights(
     weights = exp(biased − lse).
 
     Args:
-        q, k, mask, bias, scale, softcap, sinks, query_offset, key_offset, backend: as in `attention`.
+        q, k, mask, bias, scale, softcap, sinks, query_offset, key_offset: as in `attention`, on the CPU.
+        backend: "native" or "reference". Default None: "native".
         rows: queries of the tile, a slice or range of step 1. Default all.
         cols: keys of the tile, likewise. Default all.
         lse: float32 (float64 for float64) `(batch, num_heads, seq_len_q)`, from `attention_with_stats` on the same
@@ -237,8 +243,9 @@ def attention_weights(
     check.stage(name, stage)
     values = k[..., :1] if isinstance(k, Tensor) and k.dim() == 4 else k  # stands in for v, which has no part in it
     call = ready(
-        name, q, k, values, mask, bias, scale, softcap, sinks, dropout, query_offset, key_offset, None, backend
-    )
+        name, q, k, values, mask, bias, scale, softcap, sinks, dropout, query_offset, key_offset, None, backend,
+        wanted="weights",
+    )  # fmt: skip
     batch, num_heads, seq_len_q, _ = call.q.shape
     wanted_rows = check.span(name, "rows", rows, seq_len_q)
     wanted_cols = check.span(name, "cols", cols, call.seq_len_kv)
@@ -326,6 +333,14 @@ def _attended(call: Call) -> tuple[Tensor, Tensor]:
             scale=call.scale, softcap=call.softcap, dropout=call.dropout, query_offset=call.query_offset,
             key_offset=call.key_offset,
         )  # fmt: skip
+    if call.backend == "flex":
+        return lowering.flex(call.q, call.k, call.v, **call.terms, sinks=call.sinks)
+    if call.backend == "sdpa":
+        out = lowering.sdpa(
+            call.q, call.k, call.v, mask=call.mask, bias=call.bias, diagonal=call.diagonal, scale=call.scale,
+            dropout=call.dropout, query_offset=call.query_offset, key_offset=call.key_offset,
+        )  # fmt: skip
+        return out, out.new_empty(0)  # nobody asks: `ready` has refused whoever wants lse
     keep = None
     if call.dropout:
         keep = torch.rand(*call.q.shape[:3], call.seq_len_kv) >= call.dropout

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, TypedDict
 
+import torch
 from torch import Tensor
 
-from regard import arrays, check
+from regard import arrays, check, lowering
 from regard.biases import Bias, as_bias
 from regard.cache import KVCache
 from regard.mask_algebra import Mask
@@ -48,8 +49,13 @@ class Call(NamedTuple):
     query_offset: int | Tensor
     key_offset: int | Tensor
     seq_len_kv: int
-    native: bool
+    backend: str
     give: arrays.Give | None
+
+    @property
+    def native(self) -> bool:
+        """Whether the compiled kernels compute it."""
+        return self.backend == "native"
 
     @property
     def terms(self) -> Terms:
@@ -87,8 +93,10 @@ def ready(
     backend: str | None,
     *,
     append: bool = True,
+    wanted: str = "out",
 ) -> Call:
-    """The call, checked. With a cache, k and v become all that it holds, unless `append` is False."""
+    """The call, checked, and its backend chosen. With a cache, k and v become all that it holds, unless `append` is
+    False. `wanted` is "out", "lse", "statistics" or "weights": what a backend must give."""
     give = None
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         (q, k, v), give = arrays.taken(caller, {"q": q, "k": k, "v": v})
@@ -118,19 +126,61 @@ def ready(
     key_offset = _offset(caller, "key_offset", key_offset, batch)
     if sinks is not None:
         sinks = arrays.tensor(caller, "sinks", sinks)
-        check.sinks(caller, sinks, num_heads, q.dtype)
+        check.sinks(caller, sinks, num_heads, q.dtype, q.device)
     if mask is not None or bias is not None:
         frame = Frame(batch, num_heads, seq_len_q, seq_len_kv, query_offset, key_offset)
         if mask is not None:
-            mask.validate(caller, frame)
+            if q.is_cpu:
+                mask.validate(caller, frame)
+            else:
+                lowering.validate(caller, mask, frame, q.device)
         if bias is not None:
             bias, diagonal = _resolved(caller, bias, frame, q)
+    call = Call(
+        q, k, v, mask, bias, diagonal, sinks, scale, softcap, dropout, query_offset, key_offset, seq_len_kv,
+        backend or "native", give,
+    )  # fmt: skip
+    if call.backend in ("flex", "sdpa") or not q.is_cpu:
+        call = call._replace(backend=_chosen(caller, call, backend, wanted))
     if cache is not None and append:
         k, v = cache.append(k, v)
-    return Call(
-        q, k, v, mask, bias, diagonal, sinks, scale, softcap, dropout, query_offset, key_offset, seq_len_kv,
-        backend != "reference", give,
-    )  # fmt: skip
+        call = call._replace(k=k, v=v)
+    return call
+
+
+def refusals(call: Call, wanted: str = "out") -> dict[str, lowering.Refusal]:
+    """The backends that cannot do a call, and why."""
+    tensors = (call.q, call.k, call.v, call.bias, call.diagonal, call.sinks)
+    gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    found = {
+        name: lowering.refusal(
+            name, call.q, call.v, gradient=gradient, softcap=call.softcap, sinks=call.sinks, dropout=call.dropout,
+            wanted=wanted,
+        )
+        for name in check.BACKENDS
+    }  # fmt: skip
+    return {name: refusal for name, refusal in found.items() if refusal is not None}
+
+
+def _chosen(caller: str, call: Call, named: str | None, wanted: str) -> str:
+    """The backend of a call off the CPU, or of one whose backend was named; where none can do it, why."""
+    unable = refusals(call, wanted)
+    if named is not None:
+        if named in unable:
+            why, fix = unable[named]
+            raise ValueError(
+                f"{caller}: backend must be one that can do the call, or None; got {named!r}, and {why}. {fix}"
+            )
+        return named
+    simple = lowering.suffices(call.mask, call.bias, call.diagonal, call.frame())
+    for name in ("sdpa", "flex") if simple else ("flex", "sdpa"):
+        if name not in unable:
+            return name
+    reasons = "; ".join(f"{name!r}, and {unable[name].why}" for name in ("flex", "sdpa"))
+    raise ValueError(
+        f"{caller}: some backend must be able to do the call on {call.q.device}; got {reasons}. "
+        "Move q, k and v with .cpu()."
+    )
 
 
 def _offset(caller: str, name: str, value: Any, batch: int) -> int | Tensor:
@@ -139,7 +189,7 @@ def _offset(caller: str, name: str, value: Any, batch: int) -> int | Tensor:
 
 def _resolved(caller: str, bias: Bias, frame: Frame, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
     for tensor in bias.tensors():
-        check.on_cpu(caller, "bias", tensor)
+        check.on_device(caller, "bias", tensor, q.device)
     bias.validate(caller, frame)
     return bias.resolve(frame, q.dtype, q.device)
 

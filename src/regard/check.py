@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BACKENDS = ("native", "reference")
+BACKENDS = ("native", "reference", "flex", "sdpa")
 STAGES = ("scaled", "capped", "biased", "weights")
 _NAMES = ("batch", "num_heads", "seq_len_q", "head_dim")
 
@@ -38,9 +38,7 @@ def inputs(caller: str, q: Tensor, k: Tensor, v: Tensor) -> None:
             and head_dim_v > 0
             and q.dtype == k.dtype == v.dtype
             and q.dtype in DTYPES
-            and q.is_cpu
-            and k.is_cpu
-            and v.is_cpu
+            and ((q.is_cpu and k.is_cpu and v.is_cpu) or q.device == k.device == v.device)
         ):
             return
     _refuse_inputs(caller, {"q": q, "k": k, "v": v})
@@ -56,11 +54,6 @@ def _refuse_inputs(caller: str, named: dict[str, Tensor]) -> NoReturn:
         raise ValueError(
             f"{caller}: q, k and v must be on one device; got {q.device}, {k.device} and {v.device}. "
             "Move them with .to(q.device)."
-        )
-    if not q.is_cpu:
-        raise ValueError(
-            f"{caller}: q, k and v must be on the CPU; got {q.device}. Move them with .cpu(), or use "
-            "torch.nn.functional.scaled_dot_product_attention on that device."
         )
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(
@@ -161,7 +154,7 @@ def positions_known(caller: str, what: str, seq_len_q: int, seq_len_kv: int) -> 
         )
 
 
-def sinks(caller: str, value: Any, num_heads: int, dtype: torch.dtype) -> None:
+def sinks(caller: str, value: Any, num_heads: int, dtype: torch.dtype, device: torch.device) -> None:
     """Sinks are one number per query head, in q's dtype."""
     if not isinstance(value, Tensor):
         raise TypeError(
@@ -175,20 +168,28 @@ def sinks(caller: str, value: Any, num_heads: int, dtype: torch.dtype) -> None:
         raise TypeError(
             f"{caller}: sinks must be in q's dtype, {dtype}; got {value.dtype}. Convert it with .to(q.dtype)."
         )
-    on_cpu(caller, "sinks", value)
+    on_device(caller, "sinks", value, device)
 
 
 def on_cpu(caller: str, name: str, value: Tensor) -> None:
-    """A further tensor stands where q, k and v stand."""
+    """A further tensor stands where q, k and v stand: on the CPU."""
     if not value.is_cpu:
         raise ValueError(f"{caller}: {name} must be on q's device, cpu; got {value.device}. Move it with .cpu().")
+
+
+def on_device(caller: str, name: str, value: Tensor, device: torch.device) -> None:
+    """A further tensor stands where q, k and v stand."""
+    if value.device != device:
+        fix = "Move it with .cpu()." if device.type == "cpu" else "Move it with .to(q.device)."
+        raise ValueError(f"{caller}: {name} must be on q's device, {device}; got {value.device}. {fix}")
 
 
 def backend(caller: str, value: Any) -> None:
     """A backend that exists; a named one never falls back."""
     if value is not None and value not in BACKENDS:
         raise ValueError(
-            f"{caller}: backend must be 'native', 'reference' or None; got {value!r}. Leave it out for the best."
+            f"{caller}: backend must be 'native', 'reference', 'flex', 'sdpa' or None; got {value!r}. "
+            "Leave it out for the best."
         )
 
 

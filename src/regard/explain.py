@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard import native, plan
+from regard import check, lowering, native, plan
 from regard.biases import Bias
 from regard.cache import KVCache
-from regard.call import ready
+from regard.call import Call, ready, refusals
 from regard.mask_algebra import Mask
 
 
@@ -25,10 +25,10 @@ class Plan:
     """How a call of `attention` will be computed; print it for a table.
 
     Args:
-        backend: "native" or "reference".
-        isa: instruction set of the kernels, such as "avx512"; "torch" for the reference.
-        threads: threads it will use.
-        tiles: score tiles of 64 queries by 64 keys that are computed.
+        backend: "native", "reference", "flex" or "sdpa".
+        isa: instruction set of the kernels, such as "avx512"; "torch" where PyTorch computes.
+        threads: threads of the CPU that it will use; 0 on another device.
+        tiles: score tiles of 64 queries by 64 keys that are computed; "flex" rounds them up to 128 by 128.
         tiles_total: score tiles that there are.
         flops: floating-point operations of both products, over the tiles computed.
         bytes: q, k and v read once, out written once.
@@ -100,22 +100,39 @@ def explain(
         append=False,
     )  # fmt: skip
     frame, head_dim, head_dim_v = call.frame(), call.q.shape[3], call.v.shape[3]
-    found = plan.summary(frame, call.mask, call.k.shape[1], head_dim, head_dim_v, call.q.dtype)
+    mask = call.mask if call.mask is None or call.q.is_cpu else lowering.on_device(call.mask, torch.device("cpu"))
+    found = plan.summary(frame, mask, call.k.shape[1], head_dim, head_dim_v, call.q.dtype)
     pairs = frame.batch * frame.num_heads * frame.seq_len_q * frame.seq_len_kv
-    if not call.native:
-        why = "the reference was asked for by name"
-        tiles, total, density = int(found["tiles_total"]), int(found["tiles_total"]), found["density"]
-        flops, moved = 2 * pairs * (head_dim + head_dim_v), int(found["bytes"])
-        return Plan("reference", "torch", torch.get_num_threads(), tiles, total, flops, moved, density, {"native": why})
-    why = "it holds the whole score matrix in float64, and serves as the oracle of tests"
+    work = pairs * (head_dim + head_dim_v)
+    threads = native.threads(work) if call.native else torch.get_num_threads() if call.q.is_cpu else 0
+    skips = call.native or (call.backend == "flex" and not call.q.is_cpu)
     return Plan(
-        "native",
-        native.isa(),
-        native.threads(pairs * (head_dim + head_dim_v)),
-        int(found["tiles"]),
+        call.backend,
+        native.isa() if call.native else "torch",
+        threads,
+        int(found["tiles" if skips else "tiles_total"]),
         int(found["tiles_total"]),
-        int(found["flops"]),
+        int(found["flops"]) if skips else 2 * work,
         int(found["bytes"]),
         float(found["density"]),
-        {"reference": why},
+        _refused(call, named=backend is not None),
     )
+
+
+def _refused(call: Call, *, named: bool) -> dict[str, str]:
+    """Why each backend but the chosen one was not: what it cannot do, or why the other goes before it."""
+    unable = {name: found.why for name, found in refusals(call).items()}
+    if named:
+        others = dict.fromkeys(check.BACKENDS, f"{call.backend!r} was asked for by name")
+    elif call.q.is_cpu:
+        others = {
+            "reference": "it holds the whole score matrix in float64, and serves as the oracle of tests",
+            "flex": "on the CPU it runs uncompiled, on the whole score matrix",
+            "sdpa": "it computes what the mask excludes, which 'native' skips",
+        }
+    else:
+        others = {
+            "flex": "'sdpa' needs no mask of its own here",
+            "sdpa": "it would hold a dense mask, and compute what it excludes",
+        }
+    return {name: unable.get(name) or others[name] for name in check.BACKENDS if name != call.backend}

@@ -1,8 +1,8 @@
 """What a mask is: a rule that says which keys a query may see, and how rules join.
 
 Enters: other masks; later the `Frame` of a call.
-Leaves: `Mask`, `And`, `Or`, `Not`: visible pairs of any tile, ranges of keys of each query (exact, or a superset),
-density, picture, and the postfix program that can cross a `torch.library` operator.
+Leaves: `Mask`, `And`, `Or`, `Not`: visible pairs of any tile, ranges of keys of each query (exact, or a superset), or
+words of bits, density, picture, and the postfix program that can cross a `torch.library` operator.
 Floor 0: pure, imports torch and numpy alone.
 """
 
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from regard import ranges
+from regard import bits, ranges
 from regard.positions import Frame
 
 # index tensors of `visible`: batch (B,1,1,1), head (1,H,1,1), rows (1,1,R,1), cols (1,1,1,C)
-_TILE = 512
+_BLOCK = 128  # queries for which a rule that only a function knows is evaluated at once
+_EVALUATED = 1 << 23  # pairs that it is asked for at once
+_BYTES = 1 << 25  # of the words that `density` counts at once
 
 
 class Mask:
@@ -58,6 +60,28 @@ class Mask:
     def hull(self, frame: Frame) -> Tensor | None:
         """Like `intervals`, but a superset of what is visible; None stands for every key."""
         return _as_tensor(self._bounds(frame), frame)
+
+    def words(self, frame: Frame, rows: range | None = None) -> Tensor:
+        """Visible keys of each query as bits: bit j of word w is key index 64 w + j; bits past the last key are 0.
+
+        Rules that know their pairs write them down, joined rules join words; only a function is evaluated pair by pair,
+        and under `&` only where its partner leaves something.
+
+        Args:
+            frame: sizes and offsets of the call.
+            rows: query indices wanted. Default all.
+
+        Returns:
+            int64 `(1 or batch, 1 or num_heads, len(rows), words)`.
+
+        Example:
+            >>> from regard.masks import strided
+            >>> strided(2).words(Frame(1, 1, 2, 6)).tolist()  # 0b010101 and 0b101010
+            [[[[21], [42]]]]
+        """
+        rows = range(frame.seq_len_q) if rows is None else rows
+        held = torch.from_numpy(self.take_rows(rows)._words(frame.take_rows(rows), None).view(np.int64))
+        return held if held.shape[2] == len(rows) else held.expand(-1, -1, len(rows), -1)
 
     def dense(self, frame: Frame) -> Tensor:
         """The whole rule, bool, broadcastable to `(batch, num_heads, seq_len_q, seq_len_kv)`: n² memory."""
@@ -116,12 +140,11 @@ class Mask:
         held = self.intervals(frame)
         if held is not None:
             return float((held[..., 1] - held[..., 0]).sum(-1, dtype=torch.int64).double().mean()) / frame.seq_len_kv
+        step = max(1, _BYTES // (frame.batch * frame.num_heads * bits.words(frame.seq_len_kv) * 8))
         total = 0.0
-        for rows in _tiles(frame.seq_len_q):
-            for cols in _tiles(frame.seq_len_kv):
-                total += (
-                    float(self.visible(frame, *_indices(frame, rows, cols)).double().mean()) * len(rows) * len(cols)
-                )
+        for rows in _parts(frame.seq_len_q, step):
+            words = self.words(frame, rows)
+            total += bits.total(words.numpy().view(np.uint64)) / (words.shape[0] * words.shape[1])
         return total / (frame.seq_len_q * frame.seq_len_kv)
 
     def draw(
@@ -183,6 +206,36 @@ class Mask:
     def _bounds(self, frame: Frame) -> ranges.Ranges | None:
         return self._ranges(frame)
 
+    def _asks(self) -> bool:
+        """Whether some pairs are known only by asking a function."""
+        return any(part._asks() for part in self._parts())
+
+    def _words(self, frame: Frame, within: ranges.Ranges | None) -> bits.Words:
+        """Words (1 or batch, 1 or num_heads, 1 or rows, words), a new array that the caller may change.
+
+        Outside `within` a function's pairs may be left out.
+        """
+        held = self._ranges(frame)
+        return self._evaluated(frame, within) if held is None else bits.of_ranges(held, frame.seq_len_kv)[:, None]
+
+    def _evaluated(self, frame: Frame, within: ranges.Ranges | None) -> bits.Words:
+        """The rule asked pair by pair, some rows at a time, between the first and the last key of `within`."""
+        held: bits.Words | None = None
+        for rows in _parts(frame.seq_len_q, _BLOCK):
+            first, last = 0, frame.seq_len_kv
+            if within is not None:
+                first, last = ranges.span(within if within.shape[1] == 1 else within[:, rows.start : rows.stop])
+            step = max(1, _EVALUATED // (frame.batch * frame.num_heads * len(rows)) // bits.KEYS) * bits.KEYS
+            for start in range(first // bits.KEYS * bits.KEYS, last, step):
+                cols = range(start, min(start + step, last))
+                seen = self.visible(frame, *_indices(frame, rows, cols))
+                found = bits.of_bools(seen.expand(*seen.shape[:2], len(rows), len(cols)).numpy())
+                if held is None:
+                    held = np.zeros((*found.shape[:2], frame.seq_len_q, bits.words(frame.seq_len_kv)), np.uint64)
+                at = start // bits.KEYS
+                held[:, :, rows.start : rows.stop, at : at + found.shape[-1]] = found
+        return np.zeros((1, 1, 1, bits.words(frame.seq_len_kv)), np.uint64) if held is None else held
+
     def _frame(
         self, seq_len_q: int, seq_len_kv: int | None, query_offset: int | Tensor, key_offset: int | Tensor,
         batch: int | None, num_heads: int | None,
@@ -229,10 +282,13 @@ class And(Mask):
 
     @override
     def _bounds(self, frame: Frame) -> ranges.Ranges | None:
-        left, right = self.left._bounds(frame), self.right._bounds(frame)
-        if left is None or right is None:
-            return right if left is None else left
-        return _hulled(ranges.intersection(left, right))
+        return _both(self.left._bounds(frame), self.right._bounds(frame))
+
+    @override
+    def _words(self, frame: Frame, within: ranges.Ranges | None) -> bits.Words:
+        if self._asks():  # outside the bounds one of the two is 0, however a function inside is left
+            within = _both(within, self._bounds(frame))
+        return bits.joined(np.bitwise_and, self.left._words(frame, within), self.right._words(frame, within))
 
 
 @dataclass(frozen=True)
@@ -268,6 +324,10 @@ class Or(Mask):
         left, right = self.left._bounds(frame), self.right._bounds(frame)
         return None if left is None or right is None else _hulled(ranges.union(left, right))
 
+    @override
+    def _words(self, frame: Frame, within: ranges.Ranges | None) -> bits.Words:
+        return bits.joined(np.bitwise_or, self.left._words(frame, within), self.right._words(frame, within))
+
 
 @dataclass(frozen=True)
 class Not(Mask):
@@ -296,6 +356,10 @@ class Not(Mask):
         inner = self.inner._ranges(frame)
         return None if inner is None else _kept(ranges.complement(inner, frame.seq_len_kv))
 
+    @override
+    def _words(self, frame: Frame, within: ranges.Ranges | None) -> bits.Words:
+        return bits.complement(self.inner._words(frame, within), frame.seq_len_kv)
+
 
 def _joinable(other: object, sign: str) -> Mask:
     if not isinstance(other, Mask):
@@ -319,6 +383,13 @@ def _hulled(held: ranges.Ranges) -> ranges.Ranges:
     return held if ranges.count(held) <= ranges.LIMIT else ranges.bounding(held)
 
 
+def _both(left: ranges.Ranges | None, right: ranges.Ranges | None) -> ranges.Ranges | None:
+    """A superset of what lies in both; None stands for every key."""
+    if left is None or right is None:
+        return right if left is None else left
+    return _hulled(ranges.intersection(left, right))
+
+
 def _as_tensor(held: ranges.Ranges | None, frame: Frame) -> Tensor | None:
     if held is None:
         return None
@@ -335,5 +406,5 @@ def _indices(frame: Frame, rows: range, cols: range) -> tuple[Tensor, Tensor, Te
     )
 
 
-def _tiles(length: int) -> Iterator[range]:
-    return (range(start, min(start + _TILE, length)) for start in range(0, length, _TILE))
+def _parts(length: int, step: int) -> Iterator[range]:
+    return (range(start, min(start + step, length)) for start in range(0, length, step))

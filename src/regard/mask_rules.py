@@ -1,7 +1,8 @@
 """The rules that masks are made of, one class each.
 
 Enters: ints, tensors or a function, already checked by `masks`; later the `Frame` of a call.
-Leaves: masks whose visible pairs are evaluated tile by tile and, wherever the rule allows, kept as ranges of keys.
+Leaves: masks whose visible pairs are evaluated tile by tile, kept as ranges of keys where the rule allows, and else
+written down as bits; all but a function's, without asking pair by pair.
 Floor 0: pure, imports torch and numpy alone.
 """
 
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from regard import ranges
+from regard import bits, ranges
 from regard.check import on_cpu
 from regard.mask_algebra import Mask
+from regard.mask_arguments import array, check_batch, check_length, check_positions, offset, query_indices, row_of
 from regard.positions import Frame, at
 
 PairFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -44,7 +46,7 @@ class Causal(Mask):
 
     @override
     def _ranges(self, frame: Frame) -> ranges.Ranges | None:
-        return ranges.single(0, _query_indices(frame) + 1, frame.seq_len_kv)
+        return ranges.single(0, query_indices(frame) + 1, frame.seq_len_kv)
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class SlidingWindow(Mask):
 
     @override
     def _ranges(self, frame: Frame) -> ranges.Ranges | None:
-        own = _query_indices(frame)
+        own = query_indices(frame)
         lo = 0 if self.left is None else own - self.left
         hi = frame.seq_len_kv if self.right is None else own + self.right + 1
         return ranges.single(lo, hi, frame.seq_len_kv)
@@ -89,11 +91,11 @@ class Lengths(Mask):
 
     @override
     def visible(self, frame: Frame, batch: Tensor, head: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-        return at(cols, frame.key_offset, batch) < _of_batch(self.lengths, batch)
+        return at(cols, frame.key_offset, batch) < self.lengths[row_of(self.lengths, batch)]
 
     @override
     def validate(self, caller: str, frame: Frame) -> None:
-        _check_batch(caller, "padding's lengths", self.lengths, frame)
+        check_batch(caller, "padding's lengths", self.lengths, frame)
 
     @override
     def extent(self) -> tuple[int, int]:
@@ -106,7 +108,7 @@ class Lengths(Mask):
 
     @override
     def _ranges(self, frame: Frame) -> ranges.Ranges | None:
-        return ranges.single(0, _array(self.lengths)[:, None] - _offset(frame.key_offset), frame.seq_len_kv)
+        return ranges.single(0, array(self.lengths)[:, None] - offset(frame.key_offset), frame.seq_len_kv)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,12 +119,12 @@ class Keep(Mask):
 
     @override
     def visible(self, frame: Frame, batch: Tensor, head: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-        return self.keep[_row(self.keep, batch), cols]
+        return self.keep[row_of(self.keep, batch), cols]
 
     @override
     def validate(self, caller: str, frame: Frame) -> None:
-        _check_batch(caller, "padding's keep", self.keep, frame)
-        _check_length(caller, "padding's keep", self.keep, frame.seq_len_kv, "seq_len_kv")
+        check_batch(caller, "padding's keep", self.keep, frame)
+        check_length(caller, "padding's keep", self.keep, frame.seq_len_kv, "seq_len_kv")
 
     @override
     def extent(self) -> tuple[int, int]:
@@ -135,11 +137,15 @@ class Keep(Mask):
 
     @override
     def _ranges(self, frame: Frame) -> ranges.Ranges | None:
-        return ranges.runs(_array(self.keep)[:, None])[0]
+        return ranges.runs(array(self.keep)[:, None])[0]
 
     @override
     def _bounds(self, frame: Frame) -> ranges.Ranges | None:
-        return ranges.runs(_array(self.keep)[:, None])[1]
+        return ranges.runs(array(self.keep)[:, None])[1]
+
+    @override
+    def _words(self, frame: Frame, within: ranges.Ranges | None) -> bits.Words:
+        return bits.of_bools(array(self.keep))[:, None, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,22 +166,9 @@ class Documents(Mask):
 
     @override
     def validate(self, caller: str, frame: Frame) -> None:
-        _check_batch(caller, "documents' ids", self.ids, frame)
-        if torch.compiler.is_compiling():
-            return
-        for side, length, offset in (
-            ("query", frame.seq_len_q, frame.query_offset),
-            ("key", frame.seq_len_kv, frame.key_offset),
-        ):
-            if not length:
-                continue
-            first = int(offset.min()) if isinstance(offset, Tensor) else offset
-            last = (int(offset.max()) if isinstance(offset, Tensor) else offset) + length - 1
-            if first < 0 or last >= self.ids.shape[1]:
-                raise ValueError(
-                    f"{caller}: documents' ids must cover every position; got {self.ids.shape[1]} ids and {side} "
-                    f"positions {first} to {last}. Give an id for each position, or use documents(query_ids, key_ids)."
-                )
+        check_batch(caller, "documents' ids", self.ids, frame)
+        fix = "Give an id for each position, or use documents(query_ids, key_ids)."
+        check_positions(caller, "documents' ids", "ids", self.ids.shape[1], frame, fix)
 
     @override
     def extent(self) -> tuple[int, int]:
@@ -185,7 +178,7 @@ class Documents(Mask):
         inside = (position >= 0) & (position < self.ids.shape[1])
         if not self.ids.shape[1]:
             return position, inside
-        return self.ids[_row(self.ids, batch), position.clamp(0, self.ids.shape[1] - 1)], inside
+        return self.ids[row_of(self.ids, batch), position.clamp(0, self.ids.shape[1] - 1)], inside
 
     @override
     def _write(self, words: list[str], ints: list[int], tensors: list[Tensor]) -> None:
@@ -194,15 +187,19 @@ class Documents(Mask):
 
     @override
     def _ranges(self, frame: Frame) -> ranges.Ranges | None:
-        return self._grouped(frame)[0]
+        return _grouped(self._at_positions(frame))[0]
 
     @override
     def _bounds(self, frame: Frame) -> ranges.Ranges | None:
-        return self._grouped(frame)[1]
+        return _grouped(self._at_positions(frame))[1]
 
-    def _grouped(self, frame: Frame) -> tuple[ranges.Ranges | None, ranges.Ranges]:
-        codes = _codes(_array(self.ids))[0]
-        query, key = _array(frame.query_positions()), _array(frame.key_positions())
+    @override
+    def _words(self, frame: Frame, within: ranges.Ranges | None) -> bits.Words:
+        return _grouped_words(self._at_positions(frame), frame.seq_len_kv)
+
+    def _at_positions(self, frame: Frame) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        codes = _codes(array(self.ids))[0]
+        query, key = array(frame.query_positions()), array(frame.key_positions())
         batch = max(len(codes), len(query), len(key))
 
         def at_positions(row: int, position: np.ndarray) -> np.ndarray:
@@ -210,7 +207,7 @@ class Documents(Mask):
             inside = (own >= 0) & (own < len(ids))
             return np.where(inside, ids[np.clip(own, 0, len(ids) - 1)] if len(ids) else 0, -1)
 
-        return _grouped((at_positions(row, query), at_positions(row, key)) for row in range(batch))
+        return ((at_positions(row, query), at_positions(row, key)) for row in range(batch))
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,8 +219,8 @@ class DocumentPairs(Mask):
 
     @override
     def visible(self, frame: Frame, batch: Tensor, head: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-        query = self.query_ids[_row(self.query_ids, batch), rows]
-        return query == self.key_ids[_row(self.key_ids, batch), cols]
+        query = self.query_ids[row_of(self.query_ids, batch), rows]
+        return query == self.key_ids[row_of(self.key_ids, batch), cols]
 
     @override
     def take_rows(self, rows: range) -> Mask:
@@ -231,10 +228,10 @@ class DocumentPairs(Mask):
 
     @override
     def validate(self, caller: str, frame: Frame) -> None:
-        _check_batch(caller, "documents' query_ids", self.query_ids, frame)
-        _check_batch(caller, "documents' key_ids", self.key_ids, frame)
-        _check_length(caller, "documents' query_ids", self.query_ids, frame.seq_len_q, "seq_len_q")
-        _check_length(caller, "documents' key_ids", self.key_ids, frame.seq_len_kv, "seq_len_kv")
+        check_batch(caller, "documents' query_ids", self.query_ids, frame)
+        check_batch(caller, "documents' key_ids", self.key_ids, frame)
+        check_length(caller, "documents' query_ids", self.query_ids, frame.seq_len_q, "seq_len_q")
+        check_length(caller, "documents' key_ids", self.key_ids, frame.seq_len_kv, "seq_len_kv")
 
     @override
     def extent(self) -> tuple[int, int]:
@@ -247,16 +244,20 @@ class DocumentPairs(Mask):
 
     @override
     def _ranges(self, frame: Frame) -> ranges.Ranges | None:
-        return self._grouped()[0]
+        return _grouped(self._by_index())[0]
 
     @override
     def _bounds(self, frame: Frame) -> ranges.Ranges | None:
-        return self._grouped()[1]
+        return _grouped(self._by_index())[1]
 
-    def _grouped(self) -> tuple[ranges.Ranges | None, ranges.Ranges]:
-        query, key = _codes(_array(self.query_ids), _array(self.key_ids))
+    @override
+    def _words(self, frame: Frame, within: ranges.Ranges | None) -> bits.Words:
+        return _grouped_words(self._by_index(), frame.seq_len_kv)
+
+    def _by_index(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        query, key = _codes(array(self.query_ids), array(self.key_ids))
         pairs = range(max(len(query), len(key)))
-        return _grouped((query[row % len(query)], key[row % len(key)]) for row in pairs)
+        return ((query[row % len(query)], key[row % len(key)]) for row in pairs)
 
 
 @dataclass(frozen=True)
@@ -276,7 +277,7 @@ class Prefix(Mask):
 
     @override
     def _ranges(self, frame: Frame) -> ranges.Ranges | None:
-        return ranges.single(0, self.length - _offset(frame.key_offset), frame.seq_len_kv)
+        return ranges.single(0, self.length - offset(frame.key_offset), frame.seq_len_kv)
 
 
 @dataclass(frozen=True, eq=False)
@@ -325,8 +326,12 @@ class FromTensor(Mask):
     def _bounds(self, frame: Frame) -> ranges.Ranges | None:
         return ranges.runs(self._rows(frame))[1]
 
+    @override
+    def _words(self, frame: Frame, within: ranges.Ranges | None) -> bits.Words:
+        return bits.of_bools(array(self.allowed.expand(*self.allowed.shape[:3], frame.seq_len_kv)))
+
     def _rows(self, frame: Frame) -> np.ndarray:
-        rows = _array(self.allowed.any(1) if self.depends_on_head() else self.allowed[:, 0])
+        rows = array(self.allowed.any(1) if self.depends_on_head() else self.allowed[:, 0])
         return rows if rows.shape[2] == frame.seq_len_kv else np.broadcast_to(rows, (*rows.shape[:2], frame.seq_len_kv))
 
 
@@ -346,6 +351,10 @@ class FromFunction(Mask):
 
     @override
     def depends_on_head(self) -> bool:
+        return True
+
+    @override
+    def _asks(self) -> bool:
         return True
 
     @override
@@ -396,6 +405,18 @@ def _grouped(rows: Iterator[tuple[np.ndarray, np.ndarray]]) -> tuple[ranges.Rang
     return (None if any(part is None for part in exact) else hull), hull
 
 
+def _grouped_words(rows: Iterator[tuple[np.ndarray, np.ndarray]], length: int) -> bits.Words:
+    """Keys whose code equals a query's: one row of words a code, handed to each query that has it."""
+    parts = []
+    for query, key in rows:
+        codes, own = np.unique(query, return_inverse=True)
+        row = np.searchsorted(codes, key)
+        seen = np.flatnonzero((key >= 0) & np.isin(key, codes))
+        seen = seen[np.argsort(row[seen], kind="stable")]
+        parts.append(bits.of_pairs(row[seen], seen, len(codes), length)[own])
+    return bits.stacked(parts)[:, None]
+
+
 def _codes(*ids: np.ndarray) -> list[np.ndarray]:
     """Ids as small ints from 0, the same id the same int in every array."""
     size = sum(own.size for own in ids)
@@ -406,42 +427,3 @@ def _codes(*ids: np.ndarray) -> list[np.ndarray]:
     codes = np.unique(np.concatenate([own.ravel() for own in ids]), return_inverse=True)[1].astype(np.int64)
     ends = np.cumsum([own.size for own in ids])[:-1]
     return [part.reshape(own.shape) for part, own in zip(np.split(codes, ends), ids, strict=True)]
-
-
-def _query_indices(frame: Frame) -> np.ndarray:
-    """Index of the key that stands at each query's position, (1 or batch, seq_len_q)."""
-    return np.arange(frame.seq_len_q)[None] + (_offset(frame.query_offset) - _offset(frame.key_offset))
-
-
-def _offset(offset: int | Tensor) -> np.ndarray:
-    return _array(offset)[:, None] if isinstance(offset, Tensor) else np.full((1, 1), offset, np.int64)
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    array = tensor.detach().numpy()
-    return array.astype(np.int64) if array.dtype.kind in "iu" else array
-
-
-def _of_batch(tensor: Tensor, batch: Tensor) -> Tensor:
-    return tensor[_row(tensor, batch)]
-
-
-def _row(tensor: Tensor, batch: Tensor) -> Tensor:
-    return batch if tensor.shape[0] > 1 else torch.zeros_like(batch[:1])
-
-
-def _check_batch(caller: str, name: str, tensor: Tensor, frame: Frame) -> None:
-    on_cpu(caller, name, tensor)
-    if tensor.shape[0] != 1 and tensor.shape[0] != frame.batch:
-        raise ValueError(
-            f"{caller}: {name} must have one row per batch row ({frame.batch}) or one in all; got {tensor.shape[0]}. "
-            "Give each batch row its own."
-        )
-
-
-def _check_length(caller: str, name: str, tensor: Tensor, length: int, what: str) -> None:
-    if tensor.shape[1] != length:
-        raise ValueError(
-            f"{caller}: {name} must have {what} = {length} entries a row; got {tensor.shape[1]}. "
-            "They index this call's queries and keys: with a cache, give the cached ones too."
-        )

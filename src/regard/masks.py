@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from regard.mask_algebra import And, Mask, Not, Or
+from regard.mask_arguments import INTS, as_tensor, described, not_bool
+from regard.mask_recipes import bigbird, longformer, sparse_transformer
 from regard.mask_rules import (
     Causal,
     DocumentPairs,
@@ -28,11 +30,15 @@ from regard.mask_rules import (
     known,
     numbered,
 )
+from regard.mask_shapes import blocks, edges, global_tokens, neighborhood, strided
+from regard.mask_sparse import Blocks, Chunk, ChunkEnds, Edges, GlobalTokens, Neighborhood, Strided
 
 __all__ = [
-    "And", "Causal", "DocumentPairs", "Documents", "FromFunction", "FromTensor", "Keep", "Lengths", "Mask", "Not", "Or",
-    "Prefix", "SlidingWindow", "as_mask", "causal", "decode", "documents", "from_function", "from_tensor", "padding",
-    "prefix", "sliding_window",
+    "And", "Blocks", "Causal", "Chunk", "ChunkEnds", "DocumentPairs", "Documents", "Edges", "FromFunction",
+    "FromTensor", "GlobalTokens", "Keep", "Lengths", "Mask", "Neighborhood", "Not", "Or", "Prefix", "SlidingWindow",
+    "Strided", "as_mask", "bigbird", "blocks", "causal", "decode", "documents", "edges", "from_function",
+    "from_tensor", "global_tokens", "longformer", "neighborhood", "padding", "prefix", "sliding_window",
+    "sparse_transformer", "strided",
 ]  # fmt: skip
 
 
@@ -119,14 +125,14 @@ def padding(lengths_or_keep: Tensor | Sequence[int] | np.ndarray) -> Mask:
         >>> print(padding(torch.tensor([[False, True, True]])).draw(1, 3))
         ·██
     """
-    given = _tensor("masks.padding", lengths_or_keep)
+    given = as_tensor("masks.padding", lengths_or_keep)
     if given.dtype == torch.bool and given.ndim == 2:
         return Keep(given)
-    if given.dtype in _INTS and given.ndim == 1:
+    if given.dtype in INTS and given.ndim == 1:
         return Lengths(given)
     raise ValueError(
         "masks.padding: the argument must be integer lengths (batch,) or a bool keep (batch, seq_len_kv); "
-        f"got {_described(given)}. Turn a 0/1 attention mask into bool with `!= 0`."
+        f"got {described(given)}. Turn a 0/1 attention mask into bool with `!= 0`."
     )
 
 
@@ -186,10 +192,10 @@ def prefix(length: int | Tensor | Sequence[int]) -> Mask:
     """
     if isinstance(length, (int, torch.SymInt)) and not isinstance(length, bool):
         return Prefix(length)
-    given = _tensor("masks.prefix", length)
-    if given.dtype not in _INTS or given.ndim > 1:
+    given = as_tensor("masks.prefix", length)
+    if given.dtype not in INTS or given.ndim > 1:
         raise ValueError(
-            f"masks.prefix: length must be an int or ints (batch,); got {_described(given)}. Give one per batch row."
+            f"masks.prefix: length must be an int or ints (batch,); got {described(given)}. Give one per batch row."
         )
     return Lengths(given.reshape(-1))
 
@@ -215,13 +221,13 @@ def from_tensor(allowed: Tensor | np.ndarray) -> Mask:
         ·█·
         ··█
     """
-    given = _tensor("masks.from_tensor", allowed)
+    given = as_tensor("masks.from_tensor", allowed)
     if given.dtype != torch.bool:
-        raise TypeError(_not_bool("masks.from_tensor: the mask", given))
+        raise TypeError(not_bool("masks.from_tensor: the mask", given))
     if given.ndim > 4:
         raise ValueError(
             "masks.from_tensor: the mask must have at most 4 axes (batch, num_heads, seq_len_q, seq_len_kv); "
-            f"got {_described(given)}. Reshape it."
+            f"got {described(given)}. Reshape it."
         )
     return FromTensor(given[(None,) * (4 - given.ndim)])
 
@@ -293,7 +299,7 @@ def as_mask(value: object, caller: str) -> Mask:
         return value
     if isinstance(value, Tensor):
         if value.dtype != torch.bool:
-            raise TypeError(_not_bool(f"{caller}: mask", value))
+            raise TypeError(not_bool(f"{caller}: mask", value))
         return from_tensor(value)
     raise TypeError(
         f"{caller}: mask must be a mask of regard.masks or a bool tensor; got {type(value).__name__}. "
@@ -303,9 +309,6 @@ def as_mask(value: object, caller: str) -> Mask:
 
 class _UnknownFunctionError(ValueError):
     pass
-
-
-_INTS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def _read(word: str, ints: Iterator[int], tensors: Iterator[Tensor]) -> Mask:
@@ -325,38 +328,31 @@ def _read(word: str, ints: Iterator[int], tensors: Iterator[Tensor]) -> Mask:
         return DocumentPairs(next(tensors), next(tensors))
     if word == "causal":
         return Causal()
-    if word == "prefix":
-        return Prefix(next(ints))
-    return {"lengths": Lengths, "keep": Keep, "documents": Documents, "tensor": FromTensor}[word](next(tensors))
+    if word.startswith("neighborhood_"):
+        axes = int(word.removeprefix("neighborhood_"))
+        grid, window, dilation = (tuple(next(ints) for _ in range(axes)) for _ in range(3))
+        return Neighborhood(grid, window, dilation)
+    if word == "chunk_ends":
+        return ChunkEnds(next(ints), next(ints))
+    if word == "blocks":
+        return Blocks(next(tensors), next(ints))
+    if word in _OF_INT:
+        return _OF_INT[word](next(ints))
+    return _OF_TENSOR[word](next(tensors))
+
+
+_OF_INT = {"prefix": Prefix, "strided": Strided, "chunk": Chunk}
+_OF_TENSOR = {
+    "lengths": Lengths, "keep": Keep, "documents": Documents, "tensor": FromTensor, "global_tokens": GlobalTokens,
+    "edges": Edges,
+}  # fmt: skip
 
 
 def _ids(name: str, value: object) -> Tensor:
-    given = _tensor("masks.documents", value)
-    if given.dtype not in _INTS or given.ndim not in (1, 2):
+    given = as_tensor("masks.documents", value)
+    if given.dtype not in INTS or given.ndim not in (1, 2):
         raise ValueError(
-            f"masks.documents: {name} must be integers (seq,) or (batch, seq); got {_described(given)}. "
+            f"masks.documents: {name} must be integers (seq,) or (batch, seq); got {described(given)}. "
             "Number the documents."
         )
     return given if given.ndim == 2 else given[None]
-
-
-def _tensor(caller: str, value: object) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    if isinstance(value, np.ndarray) or (isinstance(value, Sequence) and all(isinstance(one, int) for one in value)):
-        return torch.tensor(value)
-    if hasattr(value, "__dlpack__"):
-        return torch.from_dlpack(value)
-    raise TypeError(
-        f"{caller}: the argument must be a tensor; got {type(value).__name__}. Make it with torch.tensor(...)."
-    )
-
-
-def _not_bool(what: str, tensor: Tensor) -> str:
-    if tensor.is_floating_point():
-        return f"{what} must be bool, True = may attend; got {tensor.dtype}. Pass it as bias=."
-    return f"{what} must be bool, True = may attend; got {tensor.dtype}. Turn 0/1 into bool with `!= 0`."
-
-
-def _described(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {tuple(tensor.shape)}"

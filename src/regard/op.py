@@ -110,8 +110,10 @@ def _forward(
     softcap: float,
     dropout: float,
     seed: int,
+    results: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _results(q, v)
+    """out and lse, written into `results` where a caller has laid them out."""
+    out, lse = results or _results(q, v)
     shape = _shape(q, k, v.shape[3])
     threads = native.threads(shape[0] * shape[1] * shape[3] * shape[4] * (shape[5] + shape[6]))
     sinks = None if sinks is None else sinks.contiguous()

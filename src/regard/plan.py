@@ -2,7 +2,7 @@
 
 Enters: a mask and the frame of a call.
 Leaves: `Panel`s, each with rows of queries and their table; tile counts for `explain`. Ranges serve the whole call at
-O(n) memory; a mask that has none is evaluated a panel of rows at a time, inside its hull, so that memory stays bounded.
+O(n) memory; a mask that has none gives its words a panel of rows at a time, so that memory stays bounded.
 Floor 1.
 """
 
@@ -21,8 +21,7 @@ from .native import KEYS, LANES
 from .positions import Frame
 
 MaskArgument = tuple[int, int, int, int, int, int]
-_PANEL_BYTES = 1 << 25  # bits of one panel
-_EVALUATED = 1 << 23  # pairs a mask function is asked for at once
+_PANEL_BYTES = 1 << 23  # bits of one panel: what caches hold, and malloc gives back without new pages
 
 
 @dataclass(frozen=True)
@@ -101,13 +100,11 @@ def panels(
     table = None if mask is None else _ranges(mask, frame)
     if mask is not None and table is None:
         heads = frame.num_heads if mask.depends_on_head() else 1
-        batch = frame.batch if mask.extent()[0] > 1 or mask.depends_on_head() else 1
         words = -(-frame.seq_len_kv // KEYS)
         fits = _PANEL_BYTES // max(1, frame.batch * heads * words * 8) // LANES * LANES
         step = min(step, -(-max(LANES, fits) // align) * align)
-        hull = mask.hull(frame)
         for part in _parts(rows, step):
-            yield Panel(part, bits=_bits(mask, frame, hull, part, batch, heads))
+            yield Panel(part, bits=_words(mask, frame, part))
         return
     for part in _parts(rows, step):
         yield Panel(part, ranges=None if table is None else table[:, part.start : part.stop])
@@ -133,27 +130,21 @@ def _kept_ranges(
     return masks.decode(ops, list(ints), []).intervals(Frame(1, 1, seq_len_q, seq_len_kv, query_offset, key_offset))
 
 
-def _bits(mask: masks.Mask, frame: Frame, hull: Tensor | None, rows: range, batch: int, heads: int) -> Tensor:
-    """One panel's words. The mask is asked only for the key tiles that its hull reaches."""
-    words = -(-frame.seq_len_kv // KEYS)
-    bits: np.ndarray | None = None
-    columns = Panel(rows, None if hull is None else hull[:, rows.start : rows.stop]).columns(frame.seq_len_kv)
-    first, last = columns.start // KEYS * KEYS, columns.stop
-    b = torch.arange(frame.batch).view(-1, 1, 1, 1)
-    h = torch.arange(frame.num_heads).view(1, -1, 1, 1)
-    i = torch.arange(rows.start, rows.stop).view(1, 1, -1, 1)
-    step = max(1, _EVALUATED // max(1, batch * heads * len(rows)) // KEYS) * KEYS
-    for start in range(first, last, step):
-        j = torch.arange(start, min(start + step, last)).view(1, 1, 1, -1)
-        seen = mask.visible(frame, b, h, i, j)
-        seen = seen.expand(seen.shape[0], seen.shape[1], len(rows), j.shape[-1]).contiguous().numpy()
-        if bits is None:
-            bits = np.zeros((seen.shape[0], seen.shape[1], len(rows), words * 8), np.uint8)
-        packed = np.packbits(seen, axis=-1, bitorder="little")
-        bits[..., start // 8 : start // 8 + packed.shape[-1]] = packed
-    if bits is None:
-        bits = np.zeros((1, 1, len(rows), words * 8), np.uint8)
-    return torch.from_numpy(bits.view(np.int64))
+def _words(mask: masks.Mask, frame: Frame, rows: range) -> Tensor:
+    """One panel's words; small ones are kept between calls where only numbers decide them, as for strides and grids."""
+    ops, ints, tensors = mask.encode()
+    fixed = not (tensors or isinstance(frame.query_offset, Tensor) or isinstance(frame.key_offset, Tensor))
+    if not fixed or "function" in ops or len(rows) * frame.seq_len_kv > 8 * _PANEL_BYTES:
+        return mask.words(frame, rows)
+    offset = frame.query_offset + rows.start
+    return _kept_words(ops, tuple(ints), len(rows), frame.seq_len_kv, offset, frame.key_offset)
+
+
+@lru_cache(maxsize=4)
+def _kept_words(
+    ops: str, ints: tuple[int, ...], seq_len_q: int, seq_len_kv: int, query_offset: int, key_offset: int
+) -> Tensor:
+    return masks.decode(ops, list(ints), []).words(Frame(1, 1, seq_len_q, seq_len_kv, query_offset, key_offset))
 
 
 def summary(

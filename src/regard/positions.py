@@ -7,7 +7,7 @@ Floor 0: pure, imports torch alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,10 @@ class Frame:
     def key_positions(self) -> Tensor:
         """Positions of the keys, int64 `(1 or batch, seq_len_kv)`."""
         return _positions(self.seq_len_kv, self.key_offset)
+
+    def take_rows(self, rows: range) -> Frame:
+        """The frame of the queries `rows` alone."""
+        return replace(self, seq_len_q=len(rows), query_offset=self.query_offset + rows.start)
 
     def relative_positions(self) -> Tensor:
         """Key position − query position along the diagonals of the score matrix, int64 `(1 or batch, n)`.

@@ -55,6 +55,12 @@ def bounding(a: Ranges) -> Ranges:
     return np.stack([np.where(hi == 0, 0, lo), hi], -1)[:, :, None, :]
 
 
+def span(a: Ranges) -> tuple[int, int]:
+    """The first key of all rows together, and the one after the last; 0, 0 where there is none."""
+    used = a[..., 0] < a[..., 1]
+    return (int(a[..., 0][used].min()), int(a[..., 1].max())) if used.any() else (0, 0)
+
+
 def count(a: Ranges) -> int:
     """Largest number of ranges that a row may hold."""
     return a.shape[2]
@@ -79,6 +85,22 @@ def runs(dense: np.ndarray) -> tuple[Ranges | None, Ranges]:
     held[row, np.arange(len(row)) - first[row]] = np.stack([lo, hi], -1)
     held = held.reshape(batch, rows, most, 2)
     return held, held
+
+
+def of_pairs(row: np.ndarray, key: np.ndarray, rows: int) -> Ranges | None:
+    """Pairs sorted by row, then by key, repeats allowed, as `(1, rows, n, 2)`; None past `LIMIT` a row."""
+    new = np.ones(len(row) + 1, bool)
+    new[1:-1] = (row[1:] != row[:-1]) | (key[1:] > key[:-1] + 1)
+    starts = np.flatnonzero(new)
+    own = row[starts[:-1]]
+    per_row = np.bincount(own, minlength=rows)
+    most = int(per_row.max(initial=0))
+    if most > LIMIT:
+        return None
+    lo, hi = key[starts[:-1]], key[starts[1:] - 1] + 1
+    held = np.zeros((1, rows, most, 2), np.int64)
+    held[0, own, np.arange(len(own)) - (np.cumsum(per_row) - per_row)[own]] = np.stack([lo, hi], -1)
+    return held
 
 
 def groups(query_codes: np.ndarray, key_codes: np.ndarray) -> tuple[Ranges | None, Ranges]:
