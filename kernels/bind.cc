@@ -22,13 +22,20 @@
     void tile(const TileCall&);                                   \
     void backward(const BackwardCall&);                           \
     i64 backward_memory(const BackwardCall&);                     \
+    void linear_forward(const LinearCall&);                       \
+    void linear_backward(const LinearBackwardCall&);              \
+    void additive_forward(const AdditiveCall&);                   \
+    void additive_backward(const AdditiveBackwardCall&);          \
     void dropout(u64, i64, i64, i64, i64, double, std::uint8_t*); \
     }
-#define REGARD_TARGET_OF(target)                                                                                 \
+// `plain` is the target whose kernels serve where this one has nothing of its own to add.
+#define REGARD_TARGET_OVER(target, plain)                                                                        \
     Target {                                                                                                     \
         #target, regard::target::forward, regard::target::stats, regard::target::tile, regard::target::backward, \
-            regard::target::backward_memory, regard::target::dropout                                             \
+            regard::target::backward_memory, regard::target::dropout, regard::plain::linear_forward,             \
+            regard::plain::linear_backward, regard::plain::additive_forward, regard::plain::additive_backward    \
     }
+#define REGARD_TARGET_OF(target) REGARD_TARGET_OVER(target, target)
 
 #if defined(__x86_64__)
 REGARD_DECLARE(avx512_bf16)
@@ -54,7 +61,7 @@ const std::vector<Target>& targets() {
         if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
             __builtin_cpu_supports("avx512cd")) {
-            if (__builtin_cpu_supports("avx512bf16")) list.push_back(REGARD_TARGET_OF(avx512_bf16));
+            if (__builtin_cpu_supports("avx512bf16")) list.push_back(REGARD_TARGET_OVER(avx512_bf16, avx512));
             list.push_back(REGARD_TARGET_OF(avx512));
         }
         if (avx2) list.push_back(REGARD_TARGET_OF(avx2));
@@ -86,6 +93,42 @@ Scores scores(int dtype, const ShapeArgument& n, const ViewArgument& q, const Vi
         dtype, n[0],         n[1],    n[2],    n[3],
         n[4],  n[5],         view(q), view(k), {reinterpret_cast<void*>(bias[0]), bias[1], bias[2], bias[3], bias[4]},
         mask,  bias[5] != 0, scale,   softcap};
+}
+
+LinearCall linear(int dtype, const ShapeArgument& n, i64 chunk, const ViewArgument& q, const ViewArgument& k,
+                  const ViewArgument& v, const ViewArgument& out, const ViewArgument& decay, i64 decay_dim,
+                  const ViewArgument& beta, i64 state, i64 last_state, double scale, int threads) {
+    return {dtype,
+            n[0],
+            n[1],
+            n[2],
+            n[3],
+            n[5],
+            n[6],
+            chunk,
+            view(q),
+            view(k),
+            view(v),
+            view(out),
+            view(decay),
+            view(beta),
+            decay_dim,
+            reinterpret_cast<const void*>(state),
+            reinterpret_cast<void*>(last_state),
+            scale,
+            threads};
+}
+
+AdditiveCall additive(int dtype, const ShapeArgument& n, const ViewArgument& q, const ViewArgument& k,
+                      const ViewArgument& v, i64 weight, const ViewArgument& out, const ViewArgument& lse,
+                      const MaskArgument& mask, int threads) {
+    return {scores(dtype, n, q, k, {}, mask, 1, 0),
+            n[6],
+            reinterpret_cast<const void*>(weight),
+            view(v),
+            view(out),
+            view(lse),
+            threads};
 }
 
 }  // namespace
@@ -213,4 +256,70 @@ NB_MODULE(_kernels, module) {
                                   reinterpret_cast<std::uint8_t*>(keep) + row * keys);
         },
         "seed"_a, "batch"_a, "head"_a, "first_row"_a, "rows"_a, "keys"_a, "probability"_a, "keep"_a);
+
+    module.def(
+        "linear_forward",
+        [](int isa, int dtype, ShapeArgument shape, i64 chunk, ViewArgument q, ViewArgument k, ViewArgument v,
+           ViewArgument out, ViewArgument decay, i64 decay_dim, ViewArgument beta, i64 state, i64 last_state,
+           double scale, int threads) {
+            const LinearCall call =
+                linear(dtype, shape, chunk, q, k, v, out, decay, decay_dim, beta, state, last_state, scale, threads);
+            nb::gil_scoped_release release;
+            target(isa).linear_forward(call);
+        },
+        "isa"_a, "dtype"_a, "shape"_a, "chunk"_a, "q"_a, "k"_a, "v"_a, "out"_a, "decay"_a, "decay_dim"_a, "beta"_a,
+        "state"_a, "last_state"_a, "scale"_a, "threads"_a);
+
+    module.def(
+        "linear_backward",
+        [](int isa, int dtype, ShapeArgument shape, i64 chunk, ViewArgument q, ViewArgument k, ViewArgument v,
+           ViewArgument decay, i64 decay_dim, ViewArgument beta, i64 state, double scale, ViewArgument grad_out,
+           i64 grad_last_state, ViewArgument grad_q, ViewArgument grad_k, ViewArgument grad_v, ViewArgument grad_decay,
+           ViewArgument grad_beta, i64 grad_state, i64 states, int threads) {
+            const LinearBackwardCall call{
+                linear(dtype, shape, chunk, q, k, v, {}, decay, decay_dim, beta, state, 0, scale, threads),
+                view(grad_out),
+                reinterpret_cast<const void*>(grad_last_state),
+                view(grad_q),
+                view(grad_k),
+                view(grad_v),
+                view(grad_decay),
+                view(grad_beta),
+                reinterpret_cast<void*>(grad_state),
+                reinterpret_cast<void*>(states)};
+            nb::gil_scoped_release release;
+            target(isa).linear_backward(call);
+        },
+        "isa"_a, "dtype"_a, "shape"_a, "chunk"_a, "q"_a, "k"_a, "v"_a, "decay"_a, "decay_dim"_a, "beta"_a, "state"_a,
+        "scale"_a, "grad_out"_a, "grad_last_state"_a, "grad_q"_a, "grad_k"_a, "grad_v"_a, "grad_decay"_a, "grad_beta"_a,
+        "grad_state"_a, "states"_a, "threads"_a);
+
+    module.def(
+        "additive_forward",
+        [](int isa, int dtype, ShapeArgument shape, ViewArgument q, ViewArgument k, ViewArgument v, i64 weight,
+           ViewArgument out, ViewArgument lse, MaskArgument mask, int threads) {
+            const AdditiveCall call = additive(dtype, shape, q, k, v, weight, out, lse, mask, threads);
+            nb::gil_scoped_release release;
+            target(isa).additive_forward(call);
+        },
+        "isa"_a, "dtype"_a, "shape"_a, "q"_a, "k"_a, "v"_a, "weight"_a, "out"_a, "lse"_a, "mask"_a, "threads"_a);
+
+    module.def(
+        "additive_backward",
+        [](int isa, int dtype, ShapeArgument shape, ViewArgument q, ViewArgument k, ViewArgument v, i64 weight,
+           ViewArgument out, ViewArgument lse, MaskArgument mask, ViewArgument grad_out, ViewArgument grad_lse,
+           ViewArgument grad_q, i64 grad_k, i64 grad_v, i64 weight_parts, i64 part_keys, int threads) {
+            const AdditiveBackwardCall call{additive(dtype, shape, q, k, v, weight, out, lse, mask, threads),
+                                            view(grad_out),
+                                            view(grad_lse),
+                                            view(grad_q),
+                                            reinterpret_cast<void*>(grad_k),
+                                            reinterpret_cast<void*>(grad_v),
+                                            reinterpret_cast<double*>(weight_parts),
+                                            part_keys};
+            nb::gil_scoped_release release;
+            target(isa).additive_backward(call);
+        },
+        "isa"_a, "dtype"_a, "shape"_a, "q"_a, "k"_a, "v"_a, "weight"_a, "out"_a, "lse"_a, "mask"_a, "grad_out"_a,
+        "grad_lse"_a, "grad_q"_a, "grad_k"_a, "grad_v"_a, "weight_parts"_a, "part_keys"_a, "threads"_a);
 }

@@ -270,28 +270,39 @@ using Left = typename Term<E>::Left;
 template <class E>
 using Sum = typename Term<E>::Sum;
 
-// R x N vectors of out[r][lane] = sum over t < depth of a[r * a_row + t * a_step] * b[t * b_step + lane], each sum one
-// chain in the order of t, so that a number does not depend on the block it was computed in.
+// R x N vectors of out[r][lane] = sum over t < depth of a[r * a_row + t * a_step] * b[t * b_step + lane]. Each sum is
+// made of chains of kChain terms in the order of t, so that a number does not depend on the block it was computed in;
+// short chains round less.
+constexpr i64 kChain = 32;
+
 template <class E, int R, int N, class Finish>
 REGARD_INLINE void block(const Left<E>* a, i64 a_row, i64 a_step, const E* b, i64 b_step, i64 depth, i64 row, int lane,
                          Finish finish) {
     constexpr int W = kWidth<E>;
-    Vector<Sum<E>> sum[R][N] = {};
-    for (i64 t = 0; t < depth; ++t) {
-        Vector<E> right[N];
+    Vector<Sum<E>> total[R][N];
+    for (i64 start = 0; start < depth || start == 0; start += kChain) {
+        const i64 end = depth < start + kChain ? depth : start + kChain;
+        Vector<Sum<E>> sum[R][N] = {};
+        for (i64 t = start; t < end; ++t) {
+            Vector<E> right[N];
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) right[n] = load(b + t * b_step + n * W);
+            for (int n = 0; n < N; ++n) right[n] = load(b + t * b_step + n * W);
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-            const Vector<E> left = Term<E>::spread(a + r * a_row + t * a_step);
+            for (int r = 0; r < R; ++r) {
+                const Vector<E> left = Term<E>::spread(a + r * a_row + t * a_step);
 #pragma GCC unroll 8
-            for (int n = 0; n < N; ++n) sum[r][n] = Term<E>::add(sum[r][n], left, right[n]);
+                for (int n = 0; n < N; ++n) sum[r][n] = Term<E>::add(sum[r][n], left, right[n]);
+            }
         }
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) total[r][n] = start == 0 ? sum[r][n] : total[r][n] + sum[r][n];
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) finish(row + r, lane + n * W, sum[r][n]);
+        for (int n = 0; n < N; ++n) finish(row + r, lane + n * W, total[r][n]);
 }
 
 template <class E, int R, int N, class Finish>

@@ -100,6 +100,48 @@ struct TileCall {
     int threads;
 };
 
+// Linear attention: a state decays by e^decay, takes in k_t u_tᵀ and is read by q_t.
+struct LinearCall {
+    int dtype;
+    i64 batch, num_heads, num_kv_heads, seq_len, head_dim, head_dim_v;
+    i64 chunk;  // the most rows taken at once
+    View q, k, v, out;
+    View decay, beta;   // float32, or float64 where the inputs are; no data: the rule has none
+    i64 decay_dim;      // 1 or head_dim
+    const void* state;  // (batch, num_kv_heads, head_dim, head_dim_v), in decay's dtype, or null: zero
+    void* last_state;   // likewise
+    double scale;
+    int threads;
+};
+
+struct LinearBackwardCall {
+    LinearCall forward;  // its out and last_state are not looked at
+    View grad_out;
+    const void* grad_last_state;
+    View grad_q, grad_k, grad_v;  // in the inputs' dtype
+    View grad_decay, grad_beta;   // in decay's dtype
+    void* grad_state;
+    void* states;  // (batch, num_kv_heads, chunks, head_dim, head_dim_v rounded up to kLanes)
+};
+
+// Additive attention: scores are weightᵀ tanh(q + k); `scores` has one head, no bias, scale or softcap.
+struct AdditiveCall {
+    Scores scores;
+    i64 head_dim_v;
+    const void* weight;  // (head_dim,), in the inputs' dtype
+    View v, out, lse;    // lse: float32, or float64 where the inputs are
+    int threads;
+};
+
+struct AdditiveBackwardCall {
+    AdditiveCall forward;
+    View grad_out, grad_lse;
+    View grad_q;  // in lse's dtype, zeroed by the caller; batch: stride of a part of the keys, head: of a batch row
+    void *grad_k, *grad_v;  // (batch, seq_len_kv, head_dim or head_dim_v), in lse's dtype, added to
+    double* weight_parts;   // (parts, batch, head_dim), added to
+    i64 part_keys;          // keys of one part: a multiple of a tile
+};
+
 // One compiled copy of the kernels.
 struct Target {
     const char* name;
@@ -109,6 +151,10 @@ struct Target {
     void (*backward)(const BackwardCall&);
     i64 (*backward_memory)(const BackwardCall&);
     void (*dropout)(u64 seed, i64 batch, i64 head, i64 row, i64 keys, double probability, std::uint8_t* keep);
+    void (*linear_forward)(const LinearCall&);
+    void (*linear_backward)(const LinearBackwardCall&);
+    void (*additive_forward)(const AdditiveCall&);
+    void (*additive_backward)(const AdditiveBackwardCall&);
 };
 
 }  // namespace regard
