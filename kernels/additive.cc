@@ -31,7 +31,7 @@ void load_lanes(const Scores& s, const Queries& queries, C* to) {
     columns_of(rows, kLanes, s.q.col, s.head_dim, to);
 }
 
-// Scores in base 2, J keys at a time: one chain of sums each.
+// Scores, J keys at a time: one chain of sums each.
 template <class C, int J>
 REGARD_INLINE void score_rows(const C* weight, const C* keys, i64 leading, const C* queries, i64 dim, int lane,
                               C* scores) {
@@ -41,7 +41,7 @@ REGARD_INLINE void score_rows(const C* weight, const C* keys, i64 leading, const
 #pragma GCC unroll 4
         for (int j = 0; j < J; ++j) sum[j] += weight[a] * tanh(x + keys[j * leading + a]);
     }
-    for (int j = 0; j < J; ++j) store(scores + j * kLanes + lane, sum[j] * static_cast<C>(kLog2E));
+    for (int j = 0; j < J; ++j) store(scores + j * kLanes + lane, sum[j]);
 }
 
 // ---- forward ----
@@ -119,7 +119,7 @@ void forward_task(const void* context, i64 index, void* memory) {
 
     for (int lane = 0; lane < queries.count; ++lane) {
         const C share = l[lane] == 0 ? C(0) : 1 / l[lane];
-        const double lse = (m[lane] + __builtin_log2(static_cast<double>(l[lane]))) * kLn2;
+        const double lse = m[lane] + __builtin_log(static_cast<double>(l[lane]));
         narrow(l[lane] == 0 ? -kInfinity<C> : static_cast<C>(lse), queries.at<C>(call.lse, lane));
         T* to = queries.at<T>(call.out, lane);
         for (i64 c = 0; c < cols; ++c) narrow(b.out[c * kLanes + lane] * share, to + c * call.out.col);
@@ -181,7 +181,7 @@ void key_gradients(const BackwardBuffers<C>& b, const C* key, i64 dim, int lanes
             store(b.tanhs + a * kLanes + lane, t);
             sum += b.weight[a] * t;
         }
-        Vector<C> p = exp2(sum * static_cast<C>(kLog2E) - load(lse + lane));
+        Vector<C> p = exp_of<C>(sum - load(lse + lane));
         Vector<C> grad = p * (load(grads + lane) - load(common + lane));
         if (hidden_some)
             for (int i = 0; i < W; ++i)
@@ -256,7 +256,7 @@ void part_task(const void* context, i64 index, void* memory) {
                     common[lane] += to[c] * widen(out[c * call.forward.out.col]);
                 }
                 common[lane] -= *queries.at<C>(call.grad_lse, lane);
-                lse[lane] = *queries.at<C>(call.forward.lse, lane) * static_cast<C>(kLog2E);
+                lse[lane] = *queries.at<C>(call.forward.lse, lane);
             }
             columns_of(rows, kLanes, 1, cols, b.grad_columns);
             for (i64 i = 0; i < dim * kLanes; ++i) b.grad_q[i] = 0;
@@ -302,29 +302,11 @@ void run_backward(const AdditiveBackwardCall& call) {
 }  // namespace
 
 void additive_forward(const AdditiveCall& call) {
-    switch (call.scores.dtype) {
-        case kFloat32:
-            return run_forward<float, float>(call);
-        case kBFloat16:
-            return run_forward<BFloat16, float>(call);
-        case kFloat16:
-            return run_forward<Float16, float>(call);
-        default:
-            return run_forward<double, double>(call);
-    }
+    by_dtype(call.scores.dtype, [&call]<class T, class C>() { run_forward<T, C>(call); });
 }
 
 void additive_backward(const AdditiveBackwardCall& call) {
-    switch (call.forward.scores.dtype) {
-        case kFloat32:
-            return run_backward<float, float>(call);
-        case kBFloat16:
-            return run_backward<BFloat16, float>(call);
-        case kFloat16:
-            return run_backward<Float16, float>(call);
-        default:
-            return run_backward<double, double>(call);
-    }
+    by_dtype(call.forward.scores.dtype, [&call]<class T, class C>() { run_backward<T, C>(call); });
 }
 
 }  // namespace regard::REGARD_TARGET

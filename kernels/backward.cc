@@ -4,7 +4,7 @@
 // Three passes over tasks, each writing what no other task of its pass writes:
 //   1. for each 64 queries: rows of (lse, do . out - dlse), and the key tiles that the mask keeps.
 //   2. for each k/v head and part of the keys, for each 256 of its keys, for each 64 queries that see any:
-//        for each of the 4 key tiles:  Sᵀ = K Qᵀ, P = 2^(S - lse);  dPᵀ = V dOᵀ;  dS = P (dP - do . out + dlse)
+//        for each of the 4 key tiles:  Sᵀ = K Qᵀ, P = e^(S - lse);  dPᵀ = V dOᵀ;  dS = P (dP - do . out + dlse)
 //          dV += Pᵀ dO;  dK += dSᵀ Q;  dQ += dS K
 //      dK and dV of the 256 keys stay in L2; dQ of a part goes to memory of its own.
 //   3. for each 64 queries: the parts of dQ added up, in order.
@@ -82,7 +82,7 @@ void prepare(const void* context, i64 entry, void*) {
                 sum[c % 8] += widen(out[c * call.out.col]) * widen(grad[c * call.grad_out.col]);
             common = ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
             common -= *queries.at<C>(call.grad_lse, lane);
-            lse = *queries.at<C>(call.lse, lane) * static_cast<C>(kLog2E);
+            lse = *queries.at<C>(call.lse, lane);
         }
         work.lse[entry * kLanes + lane] = lse;
         work.common[entry * kLanes + lane] = common;
@@ -200,7 +200,7 @@ void score_gradients(const BackwardCall& call, const Queries& queries, i64 first
         const Vector<C> shift = load(lse + lane), rest = load(common + lane);
         for (i64 j = 0; j < count; ++j) {
             const i64 at = j * kLanes + lane;
-            const Vector<C> s = load(scores + at), p = exp2(s - shift);
+            const Vector<C> s = load(scores + at), p = exp_of<C>(s - shift);
             const Vector<C> grad = p * (load(grads + at) - rest) * before;
             store(scores + at, p);
             store(grads + at, s == minus_infinity ? Vector<C>{} : grad);  // dP of a hidden key may be anything
@@ -270,7 +270,7 @@ void part_task(const void* context, i64 index, void* memory) {
                 }
                 const i64 first = j * kKeys, at = first - start, count = end - first < kKeys ? end - first : kKeys;
                 const C* key_rows = b.keys + at * wide_d;
-                score_keys<T, C, C>(s, queries, key_rows, wide_d, first, count, kBiased, kLog2E,
+                score_keys<T, C, C>(s, queries, key_rows, wide_d, first, count, kBiased,
                                     cover == Cover::some ? visible.words : nullptr, b.tile, b.slope);
                 C* grads = b.grads;
                 product<C>(values + at * values_step, values_step, 1, count, b.grad_columns, kLanes, e, queries.count,
@@ -331,16 +331,7 @@ i64 backward_memory(const BackwardCall& call) {
 }
 
 void backward(const BackwardCall& call) {
-    switch (call.scores.dtype) {
-        case kFloat32:
-            return run<float, float>(call);
-        case kBFloat16:
-            return run<BFloat16, float>(call);
-        case kFloat16:
-            return run<Float16, float>(call);
-        default:
-            return run<double, double>(call);
-    }
+    by_dtype(call.scores.dtype, [&call]<class T, class C>() { run<T, C>(call); });
 }
 
 }  // namespace regard::REGARD_TARGET

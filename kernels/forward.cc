@@ -3,7 +3,7 @@
 //
 // For each batch row, k/v head and 64 queries of its group (one task):
 //   for each tile of 64 keys with anything to see:
-//     Sᵀ = K Qᵀ (scores.h);  m, l, P = softmax step (softmax.h);  Oᵀ = Oᵀ · 2^(m - m') + Vᵀ Pᵀ
+//     Sᵀ = K Qᵀ (scores.h);  m, l, P = softmax step (softmax.h);  Oᵀ = Oᵀ · e^(m - m') + Vᵀ Pᵀ
 //   out = O / l, lse = m + log l, a sink joined to the denominator.
 // Bytes: q and out once; k and v once for each 64 queries, from L2 or L3; nothing of size seq_len_q · seq_len_kv.
 // Online softmax: Milakov & Gimelshein 2018. Tiling: FlashAttention-2 (Dao 2023), Alg. 1.
@@ -105,7 +105,7 @@ void task(const void* context, i64 index, void* memory) {
         if (cover == Cover::none) continue;
         const u64* words = cover == Cover::some ? visible.words : nullptr;
         const i64 first = j * kKeys, count = s.seq_len_kv - first < kKeys ? s.seq_len_kv - first : kKeys;
-        score_tile<T, C>(s, queries, first, count, kBiased, kLog2E, words, scratch);
+        score_tile<T, C>(s, queries, first, count, kBiased, words, scratch);
         softmax_step<C>(scratch.scores, count, queries.count, m, l, factor);
         if (call.dropout != 0) drop<C>(call.seed, queries, call.first_row, first, count, call.dropout, scratch.scores);
 
@@ -116,20 +116,19 @@ void task(const void* context, i64 index, void* memory) {
     for (int lane = 0; lane < queries.count; ++lane) {
         double top = m[lane], sum = l[lane], of_sum = 1;
         if (call.sinks != nullptr) {
-            const double sink = widen(static_cast<const T*>(call.sinks)[queries.head[lane]]) * kLog2E;
+            const double sink = widen(static_cast<const T*>(call.sinks)[queries.head[lane]]);
             if (sink > top) {
-                of_sum = top == -__builtin_inf() ? 0 : __builtin_exp2(top - sink);
+                of_sum = top == -__builtin_inf() ? 0 : __builtin_exp(top - sink);
                 sum = sum * of_sum + 1;
                 top = sink;
             } else if (sink != -__builtin_inf()) {
-                sum += __builtin_exp2(sink - top);
+                sum += __builtin_exp(sink - top);
             } else if (sink != sink) {
                 sum = sink;
             }
         }
         share[lane] = sum == 0 ? C(0) : static_cast<C>(of_sum / sum);
-        narrow(sum == 0 ? -kInfinity<C> : static_cast<C>((top + __builtin_log2(sum)) * kLn2),
-               queries.at<C>(call.lse, lane));
+        narrow(sum == 0 ? -kInfinity<C> : static_cast<C>(top + __builtin_log(sum)), queries.at<C>(call.lse, lane));
     }
     for (int lane = 0; lane < queries.count; lane += kWidth<C>) {
         i64 c = 0;
@@ -157,16 +156,7 @@ void run(const ForwardCall& call) {
 }  // namespace
 
 void forward(const ForwardCall& call) {
-    switch (call.scores.dtype) {
-        case kFloat32:
-            return run<float, float>(call);
-        case kBFloat16:
-            return run<BFloat16, float>(call);
-        case kFloat16:
-            return run<Float16, float>(call);
-        default:
-            return run<double, double>(call);
-    }
+    by_dtype(call.scores.dtype, [&call]<class T, class C>() { run<T, C>(call); });
 }
 
 void dropout(u64 seed, i64 batch, i64 head, i64 row, i64 keys, double probability, std::uint8_t* keep) {

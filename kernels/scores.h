@@ -1,6 +1,6 @@
 // A tile of scores: 64 keys down, up to 64 queries across, and which of them the mask keeps.
-// Enters: q, k, bias and mask of a call. Leaves: softcap · tanh(scale · K Qᵀ / softcap) + bias, -inf where excluded, in
-// a chosen unit. Floor: above simd.h. Forward, statistics and exact tiles all come through here, so they agree to the
+// Enters: q, k, bias and mask of a call. Leaves: softcap · tanh(scale · K Qᵀ / softcap) + bias, -inf where excluded.
+// Floor: above simd.h. Forward, statistics and exact tiles all come through here, so they agree to the
 // bit.
 //
 // Sᵀ = K Qᵀ rather than Q Kᵀ: the maximum and sum over keys run down the vectors, and k is read where it lies.
@@ -294,15 +294,15 @@ REGARD_INLINE void load_bias(const Scores& s, const Queries& queries, i64 first,
     columns_of(rows, queries.padded, s.bias.col, count, to);
 }
 
-// The scores of `count` keys from `first` on, up to `stage`, times `unit` (log2 e where they go on to exp2, else 1).
+// The scores of `count` keys from `first` on, up to `stage`.
 // `slope` receives 1 - tanh^2, the derivative of the cap, where there is one and the backward asks.
 template <class T, class C, class E>
 REGARD_INLINE void score_keys(const Scores& s, const Queries& queries, const Left<E>* keys, i64 leading, i64 first,
-                              i64 count, int stage, double unit, const u64* words, const TileScratch<C>& scratch,
+                              i64 count, int stage, const u64* words, const TileScratch<C>& scratch,
                               C* slope = nullptr) {
     C* scores = scratch.scores;
     const bool capped = s.softcap != 0 && stage >= kCapped;
-    const C scale = static_cast<C>(capped ? s.scale / s.softcap : s.scale * unit);
+    const C scale = static_cast<C>(capped ? s.scale / s.softcap : s.scale);
     constexpr bool pairs = __is_same(E, Pair);
     product<E>(keys, leading, pairs ? 2 : 1, count, reinterpret_cast<const E*>(scratch.queries), kLanes,
                pairs ? (s.head_dim + 1) / 2 : s.head_dim, queries.count,
@@ -314,7 +314,7 @@ REGARD_INLINE void score_keys(const Scores& s, const Queries& queries, const Lef
             s.wide_bias ? load_bias<C, C>(s, queries, first, count, scratch.bias)
                         : load_bias<T, C>(s, queries, first, count, scratch.bias);
         }
-        const C cap = static_cast<C>(s.softcap * unit), factor = static_cast<C>(unit);
+        const C cap = static_cast<C>(s.softcap);
         for (i64 j = 0; j < count; ++j)
             for (int lane = 0; lane < queries.count; lane += W) {
                 const i64 at = j * kLanes + lane;
@@ -324,7 +324,7 @@ REGARD_INLINE void score_keys(const Scores& s, const Queries& queries, const Lef
                     if (slope != nullptr) store(slope + at, C(1) - x * x);
                     x = cap * x;
                 }
-                if (biased) x += factor * load(scratch.bias + at);
+                if (biased) x += load(scratch.bias + at);
                 store(scores + at, x);
             }
     }
@@ -332,16 +332,16 @@ REGARD_INLINE void score_keys(const Scores& s, const Queries& queries, const Lef
 }
 
 template <class T, class C>
-REGARD_INLINE void score_tile(const Scores& s, const Queries& queries, i64 first, i64 count, int stage, double unit,
+REGARD_INLINE void score_tile(const Scores& s, const Queries& queries, i64 first, i64 count, int stage,
                               const u64* words, const TileScratch<C>& scratch) {
     i64 leading;
     if constexpr (kPaired<T>) {
         const T* keys = paired_rows(queries.of_head<T>(s.k, first), s.k.row, s.k.col, count, s.head_dim,
                                     reinterpret_cast<T*>(scratch.keys), &leading);
-        score_keys<T, C, Pair>(s, queries, keys, leading, first, count, stage, unit, words, scratch);
+        score_keys<T, C, Pair>(s, queries, keys, leading, first, count, stage, words, scratch);
     } else {
         const C* keys = head_rows<T, C>(s.k, queries, first, count, s.head_dim, scratch.keys, &leading);
-        score_keys<T, C, C>(s, queries, keys, leading, first, count, stage, unit, words, scratch);
+        score_keys<T, C, C>(s, queries, keys, leading, first, count, stage, words, scratch);
     }
 }
 

@@ -113,6 +113,21 @@ REGARD_INLINE void narrow(float x, BFloat16* to) {  // to nearest, ties to even;
     to->bits = static_cast<std::uint16_t>(x != x ? (bits >> 16) | 0x40 : rounded);
 }
 
+// run<storage, what is computed in>() for a dtype of view.h.
+template <class Run>
+REGARD_INLINE void by_dtype(int dtype, Run run) {
+    switch (dtype) {
+        case kFloat32:
+            return run.template operator()<float, float>();
+        case kBFloat16:
+            return run.template operator()<BFloat16, float>();
+        case kFloat16:
+            return run.template operator()<Float16, float>();
+        default:
+            return run.template operator()<double, double>();
+    }
+}
+
 // A vector of numbers that lie side by side.
 REGARD_INLINE Vector<float> widen_vector(const float* p) { return load(p); }
 REGARD_INLINE Vector<double> widen_vector(const double* p) { return load(p); }

@@ -4,7 +4,7 @@
 //
 // For each batch row, head and chunk of query rows (one task), for each 64 queries, for each tile of 64 keys that the
 // mask keeps:
-//   S (scores.h);  p = 2^(s - lse);  every statistic gathers from the tile while it is in L1.
+//   S (scores.h);  p = e^(s - lse);  every statistic gathers from the tile while it is in L1.
 // Bytes: q and lse once, k once for each 64 queries; received is gathered in double, per chunk, so that no order is
 // left to chance.
 #include "scores.h"
@@ -14,22 +14,22 @@
 namespace regard::REGARD_TARGET {
 namespace {
 
-// Weights from base-2 scores, in place.
+// Weights from scores, in place.
 template <class C>
 void weights_of(C* scores, i64 keys, int lanes, const C* lse) {
     for (i64 j = 0; j < keys; ++j)
         for (int lane = 0; lane < lanes; lane += kWidth<C>) {
             C* at = scores + j * kLanes + lane;
-            store(at, exp2(load(at) - load(lse + lane)));
+            store(at, exp_of<C>(load(at) - load(lse + lane)));
         }
 }
 
-// lse in base 2; an empty row's -inf becomes 0, so that its weights are 2^-inf = 0.
+// An empty row's lse of -inf becomes 0, so that its weights are e^-inf = 0.
 template <class C>
 void load_lse(const View& view, const Queries& queries, C* to) {
     for (int lane = 0; lane < kLanes; ++lane) {
         const C lse = lane < queries.count ? *queries.at<C>(view, lane) : C(0);
-        to[lane] = lse == -kInfinity<C> ? C(0) : lse * static_cast<C>(kLog2E);
+        to[lane] = lse == -kInfinity<C> ? C(0) : lse;
     }
 }
 
@@ -50,30 +50,44 @@ struct Gather {
     i64* best_keys;
     double* received;
 
-    void scores(const C* tile, i64 keys, const C* lse) {
+    // Scores become weights, and the two statistics of scores are taken on the way.
+    void weigh(C* tile, i64 keys, const C* lse) {
         const Vector<C> minus_infinity = splat(-kInfinity<C>);
         for (int lane = 0; lane < queries.count; lane += kWidth<C>) {
             Vector<C> top = load(top_score + lane), sum = load(entropy + lane);
             const Vector<C> shift = load(lse + lane);
             for (i64 j = 0; j < keys; ++j) {
-                const Vector<C> s = load(tile + j * kLanes + lane), surprise = shift - s;
+                C* at = tile + j * kLanes + lane;
+                const Vector<C> s = load(at), surprise = shift - s, p = exp_of<C>(-surprise);
                 top = larger(s, top);
                 top = s != s ? s : top;
-                sum += s == minus_infinity ? Vector<C>{} : exp2(-surprise) * surprise;
+                sum += s == minus_infinity ? Vector<C>{} : p * surprise;
+                store(at, p);
             }
             store(top_score + lane, top);
             store(entropy + lane, sum);
         }
     }
 
+    // Sixteen keys at a time: only where their largest weight beats a lane's last are they looked at one by one.
     void best_of(const C* tile, i64 first, i64 keys, const u64* words) {
-        for (int lane = 0; lane < queries.count; ++lane) {
-            C* weights = best + lane * call.top_k;
-            i64* at = best_keys + lane * call.top_k;
-            for (i64 j = 0; j < keys; ++j) {
-                const C weight = tile[j * kLanes + lane];
-                if (weight > weights[call.top_k - 1] && (words == nullptr || ((words[lane] >> j) & 1)))
-                    insert(weight, first + j, call.top_k, weights, at);
+        constexpr int W = kWidth<C>;
+        alignas(64) C top[kLanes];
+        for (i64 start = 0; start < keys; start += 16) {
+            const i64 end = start + 16 < keys ? start + 16 : keys;
+            for (int lane = 0; lane < queries.count; lane += W) {
+                Vector<C> high = load(tile + start * kLanes + lane);
+                for (i64 j = start + 1; j < end; ++j) high = larger(load(tile + j * kLanes + lane), high);
+                store(top + lane, high);
+            }
+            for (int lane = 0; lane < queries.count; ++lane) {
+                C* weights = best + lane * call.top_k;
+                if (!(top[lane] > weights[call.top_k - 1])) continue;
+                for (i64 j = start; j < end; ++j) {
+                    const C weight = tile[j * kLanes + lane];
+                    if (weight > weights[call.top_k - 1] && (words == nullptr || ((words[lane] >> j) & 1)))
+                        insert(weight, first + j, call.top_k, weights, best_keys + lane * call.top_k);
+                }
             }
         }
     }
@@ -152,7 +166,6 @@ void stats_task(const void* context, i64 index, void* memory) {
         reinterpret_cast<C*>(best_keys + kLanes * call.top_k),
         best_keys,
         call.received ? call.received + ((chunk * s.batch + batch) * s.num_heads + head) * s.seq_len_kv : nullptr};
-    const bool of_scores = call.entropy.data != nullptr || call.max_score.data != nullptr;
     const bool of_weights = call.top_k > 0 || call.received != nullptr || call.block_rows > 0;
 
     for (i64 row = chunk * call.chunk_rows; row < end; row += kLanes) {
@@ -168,10 +181,9 @@ void stats_task(const void* context, i64 index, void* memory) {
             if (cover == Cover::none) continue;
             const u64* words = cover == Cover::some ? visible.words : nullptr;
             const i64 first = j * kKeys, count = s.seq_len_kv - first < kKeys ? s.seq_len_kv - first : kKeys;
-            score_tile<T, C>(s, queries, first, count, kBiased, kLog2E, words, scratch);
-            if (of_scores) gather.scores(scratch.scores, count, lse);
+            score_tile<T, C>(s, queries, first, count, kBiased, words, scratch);
+            gather.weigh(scratch.scores, count, lse);
             if (!of_weights) continue;
-            weights_of(scratch.scores, count, queries.count, lse);
             for (i64 k = 0; k < count; ++k)
                 for (int lane = queries.count; lane < kLanes; ++lane) scratch.scores[k * kLanes + lane] = 0;
             if (call.top_k > 0) gather.best_of(scratch.scores, first, count, words);
@@ -179,10 +191,8 @@ void stats_task(const void* context, i64 index, void* memory) {
             if (call.block_rows > 0) gather.blocks(scratch.scores, first, count);
         }
         for (int lane = 0; lane < queries.count; ++lane) {
-            if (call.entropy.data != nullptr)
-                *queries.at<C>(call.entropy, lane) = gather.entropy[lane] * static_cast<C>(kLn2);
-            if (call.max_score.data != nullptr)
-                *queries.at<C>(call.max_score, lane) = gather.top_score[lane] * static_cast<C>(kLn2);
+            if (call.entropy.data != nullptr) *queries.at<C>(call.entropy, lane) = gather.entropy[lane];
+            if (call.max_score.data != nullptr) *queries.at<C>(call.max_score, lane) = gather.top_score[lane];
             const i64 to = ((batch * s.num_heads + head) * s.seq_len_q + queries.row[lane]) * call.top_k;
             for (i64 i = 0; i < call.top_k; ++i) {
                 const bool found = best_keys[lane * call.top_k + i] >= 0;
@@ -208,13 +218,12 @@ void tile_task(const void* context, i64 index, void* memory) {
     if (call.stage == kWeights) load_lse(call.lse, queries, lse);
     Visible visible;
     visible.look(s, queries);
-    const double unit = call.stage == kWeights ? kLog2E : 1;
     const i64 end = call.first_key + call.keys;
     for (i64 j = call.first_key / kKeys; j * kKeys < end; ++j) {  // mask words begin at multiples of 64
         const i64 first = j * kKeys, last = first + kKeys < s.seq_len_kv ? first + kKeys : s.seq_len_kv;
         const Cover cover = call.stage < kBiased ? Cover::all : visible.cover(j);
-        score_tile<T, C>(s, queries, first, last - first, call.stage, unit,
-                         cover == Cover::all ? nullptr : visible.words, scratch);
+        score_tile<T, C>(s, queries, first, last - first, call.stage, cover == Cover::all ? nullptr : visible.words,
+                         scratch);
         if (call.stage == kWeights) weights_of(scratch.scores, last - first, queries.count, lse);
         for (i64 key = first < call.first_key ? call.first_key : first; key < last && key < end; ++key)
             for (int lane = 0; lane < queries.count; ++lane)
@@ -241,29 +250,11 @@ void run_tile(const TileCall& call) {
 }  // namespace
 
 void stats(const StatsCall& call) {
-    switch (call.scores.dtype) {
-        case kFloat32:
-            return run_stats<float, float>(call);
-        case kBFloat16:
-            return run_stats<BFloat16, float>(call);
-        case kFloat16:
-            return run_stats<Float16, float>(call);
-        default:
-            return run_stats<double, double>(call);
-    }
+    by_dtype(call.scores.dtype, [&call]<class T, class C>() { run_stats<T, C>(call); });
 }
 
 void tile(const TileCall& call) {
-    switch (call.scores.dtype) {
-        case kFloat32:
-            return run_tile<float, float>(call);
-        case kBFloat16:
-            return run_tile<BFloat16, float>(call);
-        case kFloat16:
-            return run_tile<Float16, float>(call);
-        default:
-            return run_tile<double, double>(call);
-    }
+    by_dtype(call.scores.dtype, [&call]<class T, class C>() { run_tile<T, C>(call); });
 }
 
 }  // namespace regard::REGARD_TARGET

@@ -115,18 +115,22 @@ def rounding(dtype: torch.dtype) -> float:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_error_is_at_most_twice_that_of_pytorch(isa, dtype):
-    # The largest error of many rows, since that of a few is luck; a rounding of the result is granted on each side,
-    # which is all there is at length 1.
+    # The largest error of many rows, in the mean of four draws, since that of a few is luck; a rounding of the result
+    # is granted on each side, which is all there is at length 1.
     ours, theirs = [], []
     for length in LENGTHS:
         for other in (length, 77):
-            heads = max(2, 512 // length)
-            q = torch.randn(1, heads, length, 64).to(dtype)
-            k, v = (torch.randn(1, heads, other, 64).to(dtype) for _ in range(2))
-            expected = formula(q, k, v)[0]
-            ours.append(relative_error(attend(q, k, v)[0], expected))
-            theirs.append(relative_error(F.scaled_dot_product_attention(q, k, v), expected))
-            assert ours[-1] <= 2 * theirs[-1] + 2 * rounding(dtype), (length, other)
+            heads = max(2, 256 // length)
+            mine = yours = 0.0
+            for _ in range(4):
+                q = torch.randn(1, heads, length, 64).to(dtype)
+                k, v = (torch.randn(1, heads, other, 64).to(dtype) for _ in range(2))
+                expected = formula(q, k, v)[0]
+                mine += relative_error(attend(q, k, v)[0], expected) / 4
+                yours += relative_error(F.scaled_dot_product_attention(q, k, v), expected) / 4
+            assert mine <= 2 * yours + 2 * rounding(dtype), (length, other)
+            ours.append(mine)
+            theirs.append(yours)
     assert sum(ours) <= 1.5 * sum(theirs)
 
 
