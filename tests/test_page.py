@@ -208,6 +208,7 @@ def test_how_a_number_came_about_goes_from_q_and_k_to_the_weight(encoder):
     page = encoder
     word(page, IT).click()
     page.get_by_role("button", name=re.compile(r"^how \d+ % came about$")).click()
+    inspector(page).get_by_text("softmax →").first.wait_for()  # q and k are unpacked first
     text = inspector(page).inner_text()
     payload, blobs = encoder_recording()
     q, k = blobs["q/0/5"][11, IT].astype(float), blobs["k/0/5"][11, CAT].astype(float)

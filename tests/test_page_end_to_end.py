@@ -92,7 +92,9 @@ def test_how_the_number_came_about_ends_at_the_recorded_weight(saved, open_page)
     page = open_page(saved)
     page.get_by_role("button", name="it", exact=True).click()
     page.get_by_role("button", name="how 68 % came about").click()
-    text = page.get_by_role("region", name="inspector").inner_text()
+    inspector = page.get_by_role("region", name="inspector")
+    inspector.get_by_text("softmax →").first.wait_for()  # q and k are unpacked first
+    text = inspector.inner_text()
     assert re.search(r"softmax → 0\.6\d{3}", text)
     assert "The recording says" not in text
 
