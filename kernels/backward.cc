@@ -136,11 +136,25 @@ void add(C* to, const C* from, i64 rows, i64 cols, i64 width) {
         for (i64 c = 0; c < cols; ++c) to[r * cols + c] += from[r * width + c];
 }
 
+// What the products are made of: pairs of bfloat16 where the target multiplies them, else numbers of C.
+template <class T, class C>
+struct ElementOf {
+    using E = C;
+};
+template <class T, class C>
+    requires kPaired<T>
+struct ElementOf<T, C> {
+    using E = Pair;
+};
+template <class T, class C>
+using Element = typename ElementOf<T, C>::E;
+
 // out[row][lane] += sum_t a[row * a_row + t * a_step] b[t][lane]
-template <class C>
-REGARD_INLINE void product_onto(const C* a, i64 a_row, i64 a_step, i64 rows, const C* b, i64 width, i64 depth, i64 cols,
-                                C* out) {
-    product<C>(a, a_row, a_step, rows, b, width, depth, cols, [out, width](i64 row, int lane, Vector<C> sum) {
+template <class E>
+REGARD_INLINE void product_onto(const Left<E>* a, i64 a_row, i64 a_step, i64 rows, const E* b, i64 width, i64 depth,
+                                i64 cols, Sum<E>* out) {
+    using C = Sum<E>;
+    product<E>(a, a_row, a_step, rows, b, width, depth, cols, [out, width](i64 row, int lane, Vector<C> sum) {
         C* at = out + row * width + lane;
         store(at, load(at) + sum);
     });
@@ -158,23 +172,27 @@ void add_diagonals(const BackwardCall& call, const Queries& queries, i64 part, i
     }
 }
 
+// In pairs of bfloat16 each of these needs half the room at most.
 template <class C>
 struct Buffers {
     TileScratch<C> tile;
-    C *grads, *slope;                    // (kKeys, kLanes): dP then dS; derivative of the cap
-    C *rows, *grad_rows, *grad_columns;  // Q, dO (kLanes, width); dOᵀ (head_dim_v, kLanes)
-    C *keys, *clean_keys, *values;       // (kSpan kKeys, width)
+    C *grads, *slope;               // (kKeys, kLanes): dP then dS; derivative of the cap
+    C* rounded;                     // P, then dS, in pairs of queries
+    C *rows, *grad_rows;            // Q and dO, a row a query (kLanes, width)
+    C* grad_columns;                // dOᵀ (head_dim_v, kLanes)
+    C *keys, *clean_keys, *values;  // (kSpan kKeys, width)
     C *grad_keys, *grad_values, *grad_q;
 
     static i64 size(const BackwardCall& call) {
         const i64 d = padded(call.scores.head_dim), e = padded(call.head_dim_v), span = kSpan * kKeys;
-        return TileScratch<C>::size(call.scores) + 2 * kKeys * kLanes + 2 * kLanes * (d + e) + span * (3 * d + 2 * e);
+        return TileScratch<C>::size(call.scores) + 3 * kKeys * kLanes + 2 * kLanes * (d + e) + span * (3 * d + 2 * e);
     }
     Buffers(const BackwardCall& call, C* from) : tile(call.scores, from) {
         const i64 d = padded(call.scores.head_dim), e = padded(call.head_dim_v), span = kSpan * kKeys;
         grads = from + TileScratch<C>::size(call.scores);
         slope = grads + kKeys * kLanes;
-        rows = slope + kKeys * kLanes;
+        rounded = slope + kKeys * kLanes;
+        rows = rounded + kKeys * kLanes;
         grad_rows = rows + kLanes * d;
         grad_columns = grad_rows + kLanes * e;
         grad_q = grad_columns + kLanes * e;
@@ -185,6 +203,66 @@ struct Buffers {
         grad_values = grad_keys + span * d;
     }
 };
+
+// The keys and values of one span, as the products want them.
+template <class T, class C>
+struct Span {
+    const Left<Element<T, C>>*keys, *values;  // rows
+    i64 keys_step, values_step;
+    const Element<T, C>* clean;  // right side of dS K: rows without NaN and inf, in pairs of keys where T is paired
+    i64 first, count;
+
+    void load(const BackwardCall& call, const Queries& queries, i64 start, i64 keys_here, const Buffers<C>& b) {
+        const Scores& s = call.scores;
+        const i64 d = s.head_dim, wide = padded(d);
+        first = start, count = keys_here;
+        if constexpr (kPaired<T>) {
+            const T* k = queries.of_head<T>(s.k, start);
+            keys = paired_rows(k, s.k.row, s.k.col, count, d, reinterpret_cast<T*>(b.keys), &keys_step);
+            values = paired_rows(queries.of_head<T>(call.v, start), call.v.row, call.v.col, count, call.head_dim_v,
+                                 reinterpret_cast<T*>(b.values), &values_step);
+            const auto finite = [&](i64 j) {
+                return has_non_finite(k + j * s.k.row, s.k.col, d) ? nullptr : k + j * s.k.row;
+            };
+            pairs_of_rows<T>(finite, s.k.col, count, d, reinterpret_cast<Pair*>(b.clean_keys), wide);
+            clean = reinterpret_cast<const Pair*>(b.clean_keys);
+        } else {
+            const T* k = queries.of_head<T>(s.k, start);
+            for (i64 r = 0; r < count; ++r) load_row(k + r * s.k.row, s.k.col, d, wide, b.keys + r * wide);
+            keys = b.keys, keys_step = wide;
+            clean = all_finite(b.keys, wide, count, wide) ? b.keys : b.clean_keys;
+            if (clean != b.keys) finite_rows(b.keys, count, wide, b.clean_keys);
+            values = head_rows<T, C>(call.v, queries, start, count, call.head_dim_v, b.values, &values_step);
+        }
+        zero(b.grad_keys, count * wide);
+        zero(b.grad_values, count * padded(call.head_dim_v));
+    }
+};
+
+// The queries of one tile: columns for the scores and dP, rows for dK and dV.
+template <class T, class C>
+void load_tile(const BackwardCall& call, const Queries& queries, const Buffers<C>& b) {
+    const Scores& s = call.scores;
+    const i64 d = s.head_dim, e = call.head_dim_v, wide_d = padded(d), wide_e = padded(e);
+    if constexpr (kPaired<T>) {
+        load_columns<T, C>(s.q, queries, d, b.tile.queries, b.tile.keys);
+        load_columns<T, C>(call.grad_out, queries, e, b.grad_columns, b.grad_rows);
+        const auto finite = [&](i64 lane) {
+            const T* row = queries.at<T>(s.q, static_cast<int>(lane));
+            return has_non_finite(row, s.q.col, d) ? nullptr : row;
+        };
+        const auto any = [&](i64 lane) -> const T* { return queries.at<T>(call.grad_out, static_cast<int>(lane)); };
+        pairs_of_rows<T>(finite, s.q.col, queries.count, d, reinterpret_cast<Pair*>(b.rows), wide_d);
+        pairs_of_rows<T>(any, call.grad_out.col, queries.count, e, reinterpret_cast<Pair*>(b.grad_rows), wide_e);
+    } else {
+        load_rows<T, C>(s.q, queries, d, wide_d, b.rows);
+        columns_of_rows(b.rows, wide_d, d, b.tile.queries);
+        if (!all_finite(b.rows, wide_d, kLanes, wide_d)) finite_rows(b.rows, kLanes, wide_d, b.rows);
+        load_rows<T, C>(call.grad_out, queries, e, wide_e, b.grad_rows);
+        columns_of_rows(b.grad_rows, wide_e, e, b.grad_columns);
+    }
+    zero(b.grad_q, kLanes * wide_d);
+}
 
 // dS from the scores (in place of P) and dP: everything between the products.
 template <class C>
@@ -218,6 +296,48 @@ void score_gradients(const BackwardCall& call, const Queries& queries, i64 first
     if (call.dropout != 0) drop<C>(call.seed, queries, call.first_row, first, count, call.dropout, scores);
 }
 
+// One tile: its part of dV, dK and dQ.
+template <class T, class C>
+void tile_gradients(const BackwardCall& call, const Queries& queries, const Span<T, C>& span, i64 first, i64 part,
+                    const u64* words, const C* lse, const C* common, const Buffers<C>& b) {
+    using E = Element<T, C>;
+    constexpr bool kPairs = kPaired<T>;
+    constexpr i64 kStep = kPairs ? 2 : 1;  // numbers that one term of a product takes
+    const Scores& s = call.scores;
+    const i64 d = s.head_dim, e = call.head_dim_v, wide_d = padded(d), wide_e = padded(e), at = first - span.first;
+    const i64 count = span.count - at < kKeys ? span.count - at : kKeys;
+    score_keys<T, C, E>(s, queries, span.keys + at * span.keys_step, span.keys_step, first, count, kBiased, words,
+                        b.tile, b.slope);
+    C* grads = b.grads;
+    product<E>(span.values + at * span.values_step, span.values_step, kStep, count,
+               reinterpret_cast<const E*>(b.grad_columns), kLanes, (e + kStep - 1) / kStep, queries.count,
+               [grads](i64 row, int lane, Vector<C> sum) { store(grads + row * kLanes + lane, sum); });
+    score_gradients<C>(call, queries, first, count, part, lse, common, b);
+
+    const auto* rows = reinterpret_cast<const E*>(b.rows);
+    const auto* grad_rows = reinterpret_cast<const E*>(b.grad_rows);
+    C *grad_values = b.grad_values + at * wide_e, *grad_keys = b.grad_keys + at * wide_d;
+    if constexpr (kPairs) {
+        T* weights = reinterpret_cast<T*>(b.rounded);
+        T* halves = weights + kKeys * kLanes;
+        Pair* pairs = reinterpret_cast<Pair*>(b.tile.bias);  // the bias is in the scores by now
+        round_tile(b.tile.scores, count, queries.count, nullptr, weights);
+        round_tile(b.grads, count, queries.count, pairs, halves);
+        const i64 depth = (queries.count + 1) / 2;
+        if (queries.count % 2 != 0)
+            for (i64 j = 0; j < count; ++j)
+                weights[j * kLanes + queries.count] = halves[j * kLanes + queries.count] = T{0};
+        product_onto<E>(weights, kLanes, 2, count, grad_rows, wide_e, depth, e, grad_values);
+        product_onto<E>(halves, kLanes, 2, count, rows, wide_d, depth, d, grad_keys);
+        product_onto<E>(reinterpret_cast<const T*>(pairs), 2, 2 * kLanes, queries.count, span.clean + at / 2 * wide_d,
+                        wide_d, (count + 1) / 2, d, b.grad_q);
+    } else {
+        product_onto<E>(b.tile.scores, kLanes, 1, count, grad_rows, wide_e, queries.count, e, grad_values);
+        product_onto<E>(b.grads, kLanes, 1, count, rows, wide_d, queries.count, d, grad_keys);
+        product_onto<E>(b.grads, 1, kLanes, queries.count, span.clean + at * wide_d, wide_d, count, d, b.grad_q);
+    }
+}
+
 template <class T, class C>
 void part_task(const void* context, i64 index, void* memory) {
     const BackwardCall& call = *static_cast<const BackwardCall*>(context);
@@ -230,12 +350,11 @@ void part_task(const void* context, i64 index, void* memory) {
 
     Queries queries;
     Visible visible;
+    Span<T, C> span;
     for (i64 start = part * call.part_keys; start < end; start += kSpan * kKeys) {
         const i64 keys = end - start < kSpan * kKeys ? end - start : kSpan * kKeys;
         const i64 first_tile = start / kKeys, last_tile = (start + keys + kKeys - 1) / kKeys;
         bool loaded = false;
-        i64 values_step = 0;
-        const C *values = nullptr, *clean = nullptr;
         for (i64 tile = 0; tile < work.tiles; ++tile) {
             const i64 entry = head * work.tiles + tile;
             const i64 from = work.tiles_seen[2 * entry] > first_tile ? work.tiles_seen[2 * entry] : first_tile;
@@ -247,40 +366,12 @@ void part_task(const void* context, i64 index, void* memory) {
             for (i64 j = from; j < to; ++j) {
                 const Cover cover = visible.cover(j);
                 if (cover == Cover::none) continue;
-                if (!loaded) {
-                    loaded = true;
-                    const T* k =
-                        static_cast<const T*>(s.k.data) + queries.batch * s.k.batch + queries.kv_head * s.k.head;
-                    for (i64 r = 0; r < keys; ++r)
-                        load_row(k + (start + r) * s.k.row, s.k.col, d, wide_d, b.keys + r * wide_d);
-                    clean = all_finite(b.keys, wide_d, keys, wide_d) ? b.keys : b.clean_keys;
-                    if (clean != b.keys) finite_rows(b.keys, keys, wide_d, b.clean_keys);
-                    values = head_rows<T, C>(call.v, queries, start, keys, e, b.values, &values_step);
-                    zero(b.grad_keys, keys * wide_d);
-                    zero(b.grad_values, keys * wide_e);
-                }
-                if (!packed) {
-                    packed = true;
-                    load_rows<T, C>(s.q, queries, d, wide_d, b.rows);
-                    columns_of_rows(b.rows, wide_d, d, b.tile.queries);
-                    if (!all_finite(b.rows, wide_d, kLanes, wide_d)) finite_rows(b.rows, kLanes, wide_d, b.rows);
-                    load_rows<T, C>(call.grad_out, queries, e, wide_e, b.grad_rows);
-                    columns_of_rows(b.grad_rows, wide_e, e, b.grad_columns);
-                    zero(b.grad_q, kLanes * wide_d);
-                }
-                const i64 first = j * kKeys, at = first - start, count = end - first < kKeys ? end - first : kKeys;
-                const C* key_rows = b.keys + at * wide_d;
-                score_keys<T, C, C>(s, queries, key_rows, wide_d, first, count, kBiased,
-                                    cover == Cover::some ? visible.words : nullptr, b.tile, b.slope);
-                C* grads = b.grads;
-                product<C>(values + at * values_step, values_step, 1, count, b.grad_columns, kLanes, e, queries.count,
-                           [grads](i64 row, int lane, Vector<C> sum) { store(grads + row * kLanes + lane, sum); });
-                score_gradients<C>(call, queries, first, count, part, work.lse + entry * kLanes,
-                                   work.common + entry * kLanes, b);
-                product_onto<C>(b.tile.scores, kLanes, 1, count, b.grad_rows, wide_e, queries.count, e,
-                                b.grad_values + at * wide_e);
-                product_onto<C>(b.grads, kLanes, 1, count, b.rows, wide_d, queries.count, d, b.grad_keys + at * wide_d);
-                product_onto<C>(b.grads, 1, kLanes, queries.count, clean + at * wide_d, wide_d, count, d, b.grad_q);
+                if (!loaded) span.load(call, queries, start, keys, b);
+                if (!packed) load_tile<T, C>(call, queries, b);
+                loaded = packed = true;
+                tile_gradients<T, C>(call, queries, span, j * kKeys, part,
+                                     cover == Cover::some ? visible.words : nullptr, work.lse + entry * kLanes,
+                                     work.common + entry * kLanes, b);
             }
             if (!packed) continue;
             C* sum = work.grad_q + (part * work.entries + entry) * kLanes * wide_d;

@@ -50,13 +50,12 @@ void add_values(const ForwardCall& call, const T* v, i64 count, const u64* words
     u64 taken = 0;
     if constexpr (kPaired<T>) {
         if (words != nullptr)
-            for (i64 j = 0; j < count; ++j)
-                for (i64 c = 0; c < dim; ++c)
-                    taken |= u64{(v[j * call.v.row + c * call.v.col].bits & 0x7f80) == 0x7f80} << j;
+            for (i64 j = 0; j < count; ++j) taken |= u64{has_non_finite(v + j * call.v.row, call.v.col, dim)} << j;
         Pair* value_pairs = reinterpret_cast<Pair*>(values);
         Pair* weight_pairs = reinterpret_cast<Pair*>(scratch.bias);  // the bias is in the scores by now
-        pairs_of_rows(v, call.v.row, call.v.col, count, dim, taken, value_pairs);
-        pairs_of_weights(scratch.scores, count, lanes, weight_pairs);
+        const auto kept = [=, &call](i64 j) { return (taken >> j) & 1 ? nullptr : v + j * call.v.row; };
+        pairs_of_rows<T>(kept, call.v.col, count, dim, value_pairs, dim);
+        round_tile(scratch.scores, count, lanes, weight_pairs, nullptr);
         product<Pair>(reinterpret_cast<const T*>(value_pairs), 2, 2 * dim, dim, weight_pairs, kLanes, (count + 1) / 2,
                       lanes, finish);
     } else {
@@ -97,7 +96,7 @@ void task(const void* context, i64 index, void* memory) {
     alignas(64) C m[kLanes], l[kLanes], factor[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) m[lane] = -kInfinity<C>, l[lane] = 0;
     for (i64 i = 0; i < dim * kLanes; ++i) out[i] = 0;
-    load_queries<T, C>(s, queries, scratch.queries, scratch.keys);
+    load_columns<T, C>(s.q, queries, s.head_dim, scratch.queries, scratch.keys);
 
     const T* v = static_cast<const T*>(call.v.data) + queries.batch * call.v.batch + queries.kv_head * call.v.head;
     for (i64 j = visible.first_tile; j < visible.last_tile; ++j) {

@@ -224,59 +224,84 @@ REGARD_INLINE const BFloat16* paired_rows(const BFloat16* from, i64 row_stride, 
     return buffer;
 }
 
-// to[j / 2][c] = (from[j][c], from[j + 1][c]): rows in pairs, those in `left_out` and a missing last one as zeros.
-template <class T>
-REGARD_INLINE void pairs_of_rows(const T* from, i64 row_stride, i64 col_stride, i64 rows, i64 cols, u64 left_out,
-                                 Pair* to) {
+// to[j / 2][c] = (row(j)[c], row(j + 1)[c]): rows in pairs; a null row, and a missing last one, as zeros.
+template <class T, class Row>
+REGARD_INLINE void pairs_of_rows(Row row, i64 col_stride, i64 rows, i64 cols, Pair* to, i64 leading) {
     using L = LanesOf<float>;
     for (i64 j = 0; j < rows; j += 2) {
-        const T* first = (left_out >> j) & 1 ? nullptr : from + j * row_stride;
-        const T* second = j + 1 == rows || (left_out >> (j + 1)) & 1 ? nullptr : from + (j + 1) * row_stride;
-        Pair* row = to + j / 2 * cols;
+        const T* first = row(j);
+        const T* second = j + 1 == rows ? nullptr : row(j + 1);
+        Pair* pairs = to + j / 2 * leading;
         i64 c = 0;
         if (col_stride == 1 && first != nullptr && second != nullptr)
             for (; c + L::width <= cols; c += L::width) {
                 const auto low = __builtin_convertvector(*reinterpret_cast<const L::Half*>(first + c), L::U);
                 const auto high = __builtin_convertvector(*reinterpret_cast<const L::Half*>(second + c), L::U);
-                *reinterpret_cast<L::LooseU*>(row + c) = low | (high << 16);
+                *reinterpret_cast<L::LooseU*>(pairs + c) = low | (high << 16);
             }
         for (; c < cols; ++c)
-            row[c] = {first == nullptr ? std::uint16_t{0} : first[c * col_stride].bits,
-                      second == nullptr ? std::uint16_t{0} : second[c * col_stride].bits};
+            pairs[c] = {first == nullptr ? std::uint16_t{0} : first[c * col_stride].bits,
+                        second == nullptr ? std::uint16_t{0} : second[c * col_stride].bits};
     }
 }
 
-// Weights rounded to bfloat16, two keys to a pair; NaN stays NaN.
-REGARD_INLINE void pairs_of_weights(const float* weights, i64 keys, int lanes, Pair* to) {
+// Whether a row of bfloat16 holds NaN or inf.
+REGARD_INLINE bool has_non_finite(const BFloat16* row, i64 col_stride, i64 cols) {
     using L = LanesOf<float>;
-    const auto rounded = [](const float* p) {
-        const L::V x = load(p);
-        const L::U bits = reinterpret_cast<L::U>(x);
-        return x != x ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1);
-    };
+    L::U found = {};
+    i64 c = 0;
+    if (col_stride == 1)
+        for (; c + L::width <= cols; c += L::width) {
+            const auto bits = __builtin_convertvector(*reinterpret_cast<const L::Half*>(row + c), L::U) & 0x7f80;
+            found |= reinterpret_cast<L::U>(bits == 0x7f80);
+        }
+    u32 any = 0;
+    for (; c < cols; ++c) any |= (row[c * col_stride].bits & 0x7f80) == 0x7f80;
+    for (int i = 0; i < L::width; ++i) any |= found[i];
+    return any != 0;
+}
+
+// Numbers rounded to bfloat16, in the upper halves; NaN stays NaN.
+REGARD_INLINE LanesOf<float>::U rounded_to_half(const float* p) {
+    using L = LanesOf<float>;
+    const L::V x = load(p);
+    const L::U bits = reinterpret_cast<L::U>(x);
+    return x != x ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1);
+}
+
+// A tile rounded to bfloat16, (keys, kLanes): two keys to a pair in `pairs`, two queries to a pair in `halves`; either
+// may be null.
+REGARD_INLINE void round_tile(const float* tile, i64 keys, int lanes, Pair* pairs, BFloat16* halves) {
+    using L = LanesOf<float>;
     for (i64 j = 0; j < keys; j += 2)
         for (int lane = 0; lane < lanes; lane += L::width) {
-            const L::U low = rounded(weights + j * kLanes + lane);
-            const L::U high = j + 1 < keys ? rounded(weights + (j + 1) * kLanes + lane) : L::U{};
-            *reinterpret_cast<L::LooseU*>(to + j / 2 * kLanes + lane) = (low >> 16) | (high & 0xffff0000u);
+            const i64 at = j * kLanes + lane;
+            const L::U low = rounded_to_half(tile + at) >> 16;
+            const L::U high = j + 1 < keys ? rounded_to_half(tile + at + kLanes) : L::U{};
+            if (pairs != nullptr)
+                *reinterpret_cast<L::LooseU*>(pairs + j / 2 * kLanes + lane) = low | (high & 0xffff0000u);
+            if (halves == nullptr) continue;
+            *reinterpret_cast<L::Half*>(halves + at) = __builtin_convertvector(low, L::Half);
+            if (j + 1 < keys)
+                *reinterpret_cast<L::Half*>(halves + at + kLanes) = __builtin_convertvector(high >> 16, L::Half);
         }
 }
 
-// Queries as columns: Qᵀ, or pairs of its rows. `spare` holds one tile of C meanwhile.
+// One row a query as columns: Qᵀ, or pairs of its rows. `spare` holds kLanes (cols + 1) numbers of T meanwhile.
 template <class T, class C>
-REGARD_INLINE void load_queries(const Scores& s, const Queries& queries, C* to, C* spare) {
+REGARD_INLINE void load_columns(const View& view, const Queries& queries, i64 cols, C* to, C* spare) {
     const T* rows[kLanes] = {};
-    for (int lane = 0; lane < queries.count; ++lane) rows[lane] = queries.at<T>(s.q, lane);
+    for (int lane = 0; lane < queries.count; ++lane) rows[lane] = queries.at<T>(view, lane);
     if constexpr (kPaired<T>) {  // a pair has the size of a float, and moves as one
         const float* pairs[kLanes] = {};
         i64 leading = 0;
         T* copies = reinterpret_cast<T*>(spare);
         for (int lane = 0; lane < queries.count; ++lane)
             pairs[lane] = reinterpret_cast<const float*>(
-                paired_rows(rows[lane], 0, s.q.col, 1, s.head_dim, copies + lane * (s.head_dim + 1), &leading));
-        columns_of(pairs, kLanes, 1, (s.head_dim + 1) / 2, to);
+                paired_rows(rows[lane], 0, view.col, 1, cols, copies + lane * (cols + 1), &leading));
+        columns_of(pairs, kLanes, 1, (cols + 1) / 2, to);
     } else {
-        columns_of(rows, kLanes, s.q.col, s.head_dim, to);
+        columns_of(rows, kLanes, view.col, cols, to);
     }
 }
 

@@ -170,7 +170,7 @@ void stats_task(const void* context, i64 index, void* memory) {
 
     for (i64 row = chunk * call.chunk_rows; row < end; row += kLanes) {
         queries.place(s, batch, head / group, of_group + row, of_group + (row + kLanes < end ? row + kLanes : end));
-        load_queries<T, C>(s, queries, scratch.queries, scratch.keys);
+        load_columns<T, C>(s.q, queries, s.head_dim, scratch.queries, scratch.keys);
         load_lse(call.lse, queries, lse);
         for (int lane = 0; lane < kLanes; ++lane) gather.entropy[lane] = 0, gather.top_score[lane] = -kInfinity<C>;
         for (i64 i = 0; i < kLanes * call.top_k; ++i) gather.best[i] = -1, best_keys[i] = -1;
@@ -213,7 +213,7 @@ void tile_task(const void* context, i64 index, void* memory) {
     Queries queries;
     queries.place(s, index / tiles / s.num_kv_heads, index / tiles % s.num_kv_heads, first_row,
                   first_row + kLanes < rows ? first_row + kLanes : rows);
-    load_queries<T, C>(s, queries, scratch.queries, scratch.keys);
+    load_columns<T, C>(s.q, queries, s.head_dim, scratch.queries, scratch.keys);
     alignas(64) C lse[kLanes];
     if (call.stage == kWeights) load_lse(call.lse, queries, lse);
     Visible visible;
