@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard import arrays, check, masks, native, op, plan
+from regard import arrays, check, library, masks, native, op, plan
+from regard.additive_twice import second_gradients
 from regard.mask_algebra import Mask
 from regard.positions import Frame
 
@@ -41,8 +42,8 @@ def additive_attention(q: Any, k: Any, v: Any, weight: Any, *, mask: Mask | Tens
             every key.
 
     Returns:
-        `(..., seq_len_q, dim_v)`, in q's dtype and kind. Differentiable in q, k, v and weight. Memory is that of the
-        inputs: the seq_len_q · seq_len_kv · dim values of tanh are never kept.
+        `(..., seq_len_q, dim_v)`, in q's dtype and kind. Differentiable twice in q, k, v and weight. Memory is that of
+        the inputs: the seq_len_q · seq_len_kv · dim values of tanh are never kept.
 
     Raises:
         ValueError, TypeError: where an argument breaks one of the conditions above, or where a positional mask meets
@@ -196,39 +197,37 @@ def _threads(q: Tensor, k: Tensor) -> int:
     return native.threads(q.numel() * k.shape[1] * 16)  # a tanh is worth so many multiplications
 
 
-@torch.library.custom_op("regard::additive_attention", mutates_args=(), device_types="cpu")
+# ---- torch.library ----
+
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor weight"
+_GRADS = f"Tensor grad_out, Tensor grad_lse, {_INPUTS}, Tensor out, Tensor lse, {library.MASK}"
+
+
+def _decoded(ops: str, ints: Sequence[int], tensors: Sequence[Tensor]) -> Mask | None:
+    return masks.decode(ops, ints, tensors) if ops else None
+
+
 def _additive_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight: Tensor,
-    mask_ops: str,
-    mask_ints: Sequence[int],
-    mask_tensors: Sequence[Tensor],
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, ops: str, ints: Sequence[int], tensors: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    return _forward(q, k, v, weight, masks.decode(mask_ops, mask_ints, mask_tensors) if mask_ops else None)
+    return _forward(q, k, v, weight, _decoded(ops, ints, tensors))
 
 
-@_additive_attention.register_fake
-def _(q: Tensor, _k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, _k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _results(q, v)
 
 
-@torch.library.custom_op("regard::additive_attention_backward", mutates_args=(), device_types="cpu")
+def _gradient(saved: library.Saved, grad_out: Tensor, grad_lse: Tensor) -> list[Tensor | None]:
+    q, k, v, weight, *mask = saved.inputs
+    found = torch.ops.regard.additive_attention_backward(grad_out, grad_lse, q, k, v, weight, *saved.outputs, *mask)
+    return [t if need else None for t, need in zip(found, saved.needs[:4], strict=True)]
+
+
 def _additive_attention_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask_ops: str,
-    mask_ints: Sequence[int],
-    mask_tensors: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mask = masks.decode(mask_ops, mask_ints, mask_tensors) if mask_ops else None
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, out: Tensor, lse: Tensor,
+    ops: str, ints: Sequence[int], tensors: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    mask = _decoded(ops, ints, tensors)
     # Parts of the keys, each with its own sums: by the number of keys alone, so that no bit depends on threads.
     part_keys = max(512, -(-k.shape[1] // (4 * native.KEYS)) * native.KEYS)
     parts = -(-k.shape[1] // part_keys)
@@ -246,27 +245,29 @@ def _additive_attention_backward(
     return grad_q.sum(0).to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_weight.to(weight.dtype)
 
 
-@_additive_attention_backward.register_fake
-def _(*inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    q, k, v, weight = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs[2:6])
-    return q, k, v, weight
+def _second_gradient(saved: library.Saved, *upstream: Tensor | None) -> list[Tensor]:
+    return torch.ops.regard.additive_attention_twice(upstream, *saved.inputs)
 
 
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ops, ints, mask_tensors = inputs
-    ctx.save_for_backward(*tensors, *output, *mask_tensors)
-    ctx.numbers = (ops, ints)
-    ctx.nothing = (None if ints else [], [None] * len(mask_tensors))  # the shape that torch asks for
-    ctx.set_materialize_grads(True)
+def _additive_attention_twice(upstream: Sequence[Tensor | None], *inputs: Any) -> list[Tensor]:
+    given, mask = inputs[:8], _decoded(*inputs[8:])
+    return second_gradients(upstream, *given, mask=mask)
 
 
-def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
-    q, k, v, weight, out, lse, *mask_tensors = ctx.saved_tensors
-    found = torch.ops.regard.additive_attention_backward(
-        grad_out, grad_lse, q, k, v, weight, out, lse, *ctx.numbers, mask_tensors
-    )
-    wanted = (t if need else None for t, need in zip(found, ctx.needs_input_grad[:4], strict=True))
-    return (*wanted, None, *ctx.nothing)
+def _like(*tensors: Tensor) -> list[Tensor]:
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
 
 
-_additive_attention.register_autograd(_backward, setup_context=_setup)
+library.operator(
+    "additive_attention", f"({_INPUTS}, {library.MASK}) -> (Tensor, Tensor)", _additive_attention, fake=_fake,
+    gradient=_gradient, with_outputs=True,
+)  # fmt: skip
+library.operator(
+    "additive_attention_backward", f"({_GRADS}) -> (Tensor, Tensor, Tensor, Tensor)", _additive_attention_backward,
+    fake=lambda *inputs: tuple(_like(*inputs[2:6])), gradient=_second_gradient, zeros=False,
+)  # fmt: skip
+library.operator(
+    "additive_attention_twice", f"(Tensor?[] upstream, {_GRADS}) -> Tensor[]", _additive_attention_twice,
+    fake=lambda _upstream, *inputs: _like(*inputs[:8]),
+    gradient=library.none_further("additive_attention", "of order 1 or 2", "Take fewer."),
+)  # fmt: skip

@@ -136,7 +136,7 @@ def offset(caller: str, name: str, value: Any, batch: int) -> int | Tensor:
             )
         return value
     if isinstance(value, torch.SymInt):
-        return value  # type: ignore[return-value]
+        return value  # type: ignore[return-value]  # a trace's int, taken for the int that it stands for
     if not hasattr(value, "__index__") or isinstance(value, bool):
         raise TypeError(
             f"{caller}: {name} must be an int or int64 (batch,); got {type(value).__name__}. Give the first position."

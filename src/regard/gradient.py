@@ -67,21 +67,27 @@ def gradients(
     Args:
         wanted: for q, k, v, bias, diagonal, sinks: whether its gradient is.
     """
-    no_key = lse == -math.inf
+    dense = bias is not None and wanted[3]
+    common = row_terms(grad_out, grad_lse, out, lse) if dense or (sinks is not None and wanted[5]) else None
     grad_sinks = None
-    if sinks is not None and wanted[5]:
-        common = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1) - grad_lse
-        shift = torch.where(no_key, 0.0, lse)
-        per_row = -torch.exp(sinks.to(lse.dtype).view(1, -1, 1) - shift) * common
-        grad_sinks = per_row.where(~no_key, 0.0).sum((0, 2)).to(sinks.dtype)
-    inputs = (grad_out, grad_lse, q, k, v, out, lse)
+    if sinks is not None and wanted[5] and common is not None:
+        per_row = torch.exp(sinks.to(lse.dtype).view(1, -1, 1) - lse).where(lse != -math.inf, 0.0) * common
+        grad_sinks = per_row.sum((0, 2)).neg_().to(sinks.dtype)
     terms = {
         "bias": bias, "diagonal": diagonal, "mask": mask, "frame": frame, "scale": scale, "softcap": softcap,
         "dropout": dropout, "seed": seed, "wanted": wanted,
     }  # fmt: skip
-    dense = bias is not None and wanted[3]
-    found = _by_panels(*inputs, **terms) if dense else _by_kernel(*inputs, **terms)
+    if dense and common is not None:
+        found = _by_panels(grad_out, common, q, k, v, lse, **terms)
+    else:
+        found = _by_kernel(grad_out, grad_lse, q, k, v, out, lse, **terms)
     return dataclasses.replace(found, sinks=grad_sinks)
+
+
+def row_terms(grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    """do_i · out_i - dlse_i, which all score gradients of a row have in common; 0 for a row without keys."""
+    common = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1) - grad_lse
+    return torch.where(lse == -math.inf, 0.0, common)
 
 
 def _by_kernel(
@@ -131,18 +137,14 @@ def _by_kernel(
 
 
 def _by_panels(
-    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *,
+    grad_out: Tensor, common: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *,
     bias: Tensor | None, diagonal: Tensor | None, mask: Mask | None, frame: Frame, scale: float, softcap: float,
     dropout: float, seed: int, wanted: tuple[bool, ...],
 ) -> Gradients:  # fmt: skip
     """The same by torch products, a panel of rows at a time."""
     wide = lse.dtype
     num_kv_heads, group = k.shape[1], q.shape[1] // max(1, k.shape[1])
-    no_key = lse == -math.inf
-    shift = torch.where(no_key, 0.0, lse)
-    # do_i . out_i - dlse_i, which every score gradient of the row has in common; a row without keys has none.
-    common = (grad_out.to(wide) * out.to(wide)).sum(-1) - grad_lse
-    common = torch.where(no_key, 0.0, common)
+    shift = torch.where(lse == -math.inf, 0.0, lse)
 
     grad_q = torch.zeros(q.shape, dtype=wide) if wanted[0] else None
     grad_k = torch.zeros(k.shape, dtype=wide)

@@ -7,10 +7,12 @@ Floor 3. A rule is what it is given: decay or none, beta or none.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import native, op
+from . import library, native, op
 
 # B batch, H num_heads, K num_kv_heads, G query heads per k/v head, N seq_len, D head_dim, E head_dim_v
 
@@ -112,27 +114,18 @@ def _threads(q: Tensor, v: Tensor) -> int:
 
 # ---- torch.library ----
 
-
-@torch.library.custom_op("regard::linear_attention", mutates_args=(), device_types="cpu")
-def _linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None,
-    beta: Tensor | None,
-    state: Tensor | None,
-    scale: float,
-    chunk: int,
-) -> tuple[Tensor, Tensor]:
-    return _forward(q, k, v, decay, beta, state, scale, chunk)
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? beta, Tensor? state, float scale, SymInt chunk"
 
 
-@_linear_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return _results(q, k, v)
 
 
-@torch.library.custom_op("regard::linear_attention_backward", mutates_args=(), device_types="cpu")
+def _gradient(saved: library.Saved, grad_out: Tensor, grad_last: Tensor) -> list[Tensor | None]:
+    found = iter(torch.ops.regard.linear_attention_backward(grad_out, grad_last, *saved.inputs))
+    return [None if t is None else next(found) for t in saved.inputs[:6]]
+
+
 def _linear_attention_backward(
     grad_out: Tensor,
     grad_last: Tensor,
@@ -165,8 +158,7 @@ def _linear_attention_backward(
     return [*held, *(t for t in others if t is not None)]
 
 
-@_linear_attention_backward.register_fake
-def _(*inputs) -> list[Tensor]:  # type: ignore[no-untyped-def]
+def _fake_linear_attention_backward(*inputs: Any) -> list[Tensor]:
     return [_like(t) for t in inputs[2:8] if t is not None]
 
 
@@ -174,16 +166,11 @@ def _like(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # noqa: ARG001
-    *tensors, ctx.scale, ctx.chunk = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(True)
-
-
-def _backward(ctx, grad_out, grad_last):  # type: ignore[no-untyped-def]
-    tensors = ctx.saved_tensors
-    found = iter(torch.ops.regard.linear_attention_backward(grad_out, grad_last, *tensors, ctx.scale, ctx.chunk))
-    return (*(None if t is None else next(found) for t in tensors), None, None)
-
-
-_linear_attention.register_autograd(_backward, setup_context=_setup)
+library.operator("linear_attention", f"({_INPUTS}) -> (Tensor, Tensor)", _forward, fake=_fake, gradient=_gradient)
+library.operator(
+    "linear_attention_backward", f"(Tensor grad_out, Tensor grad_last, {_INPUTS}) -> Tensor[]",
+    _linear_attention_backward, fake=_fake_linear_attention_backward,
+    gradient=library.none_further(
+        "linear_attention", "of order 1", "For a second one spell the recurrence out in torch operations."
+    ),
+)  # fmt: skip

@@ -8,12 +8,14 @@ Floor 3. A call that needs no gradient and is not traced goes straight to the ke
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import native, plan
-from .gradient import gradients
+from . import library, native, plan
+from .gradient import Gradients, gradients
+from .gradient_twice import second_gradients
 from .masks import Mask, decode
 from .positions import Frame
 
@@ -159,143 +161,121 @@ def _shape(q: Tensor, k: Tensor, head_dim_v: int) -> tuple[int, ...]:
 
 # ---- torch.library ----
 
-
-@torch.library.custom_op("regard::attention", mutates_args=(), device_types="cpu")
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    diagonal: Tensor | None,
-    sinks: Tensor | None,
-    mask_ops: str,
-    mask_ints: Sequence[int],
-    mask_tensors: Sequence[Tensor],
-    scale: float,
-    softcap: float,
-    dropout: float,
-    seed: Tensor | None,
-    query_offset: int,
-    key_offset: int,
-    query_offsets: Tensor | None,
-    key_offsets: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    frame = _frame(q, k, query_offset, key_offset, query_offsets, key_offsets)
-    mask = decode(mask_ops, mask_ints, mask_tensors) if mask_ops else None
-    number = 0 if seed is None else int(seed)
-    return _forward(q, k, v, bias, diagonal, sinks, mask, frame, scale, softcap, dropout, number)
+# What the operators of the gradients take after q, k and v, and the first operator too.
+_TERMS = f"""Tensor? bias, Tensor? diagonal, Tensor? sinks, {library.MASK}, float scale, float softcap, float dropout,
+    Tensor? seed, SymInt query_offset, SymInt key_offset, Tensor? query_offsets, Tensor? key_offsets"""
+_GRADS = "Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse"
 
 
-@_attention.register_fake
-def _(q: Tensor, _k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+class _Terms(NamedTuple):
+    """The inputs of `_TERMS`."""
+
+    bias: Tensor | None
+    diagonal: Tensor | None
+    sinks: Tensor | None
+    mask_ops: str
+    mask_ints: Sequence[int]
+    mask_tensors: Sequence[Tensor]
+    scale: float
+    softcap: float
+    dropout: float
+    seed: Tensor | None
+    query_offset: int
+    key_offset: int
+    query_offsets: Tensor | None
+    key_offsets: Tensor | None
+
+    def of(self, q: Tensor, k: Tensor) -> dict[str, Any]:
+        """By name, as `gradient` takes them."""
+        found = {name: getattr(self, name) for name in ("bias", "diagonal", "sinks", "scale", "softcap", "dropout")}
+        found["mask"] = self.mask()
+        found["frame"] = self.frame(q, k)
+        found["seed"] = self.number()
+        return found
+
+    def mask(self) -> Mask | None:
+        return decode(self.mask_ops, self.mask_ints, self.mask_tensors) if self.mask_ops else None
+
+    def number(self) -> int:
+        return 0 if self.seed is None else int(self.seed)
+
+    def frame(self, q: Tensor, k: Tensor) -> Frame:
+        return Frame(
+            q.shape[0], q.shape[1], q.shape[2], k.shape[2],
+            self.query_offset if self.query_offsets is None else self.query_offsets,
+            self.key_offset if self.key_offsets is None else self.key_offsets,
+        )  # fmt: skip
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    t = _Terms(*inputs)
+    return _forward(
+        q, k, v, t.bias, t.diagonal, t.sinks, t.mask(), t.frame(q, k), t.scale, t.softcap, t.dropout, t.number()
+    )
+
+
+def _fake_attention(q: Tensor, _k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _results(q, v)
 
 
-@torch.library.custom_op("regard::attention_backward", mutates_args=(), device_types="cpu")
-def _attention_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bias: Tensor | None,
-    diagonal: Tensor | None,
-    sinks: Tensor | None,
-    mask_ops: str,
-    mask_ints: Sequence[int],
-    mask_tensors: Sequence[Tensor],
-    scale: float,
-    softcap: float,
-    dropout: float,
-    seed: Tensor | None,
-    query_offset: int,
-    key_offset: int,
-    query_offsets: Tensor | None,
-    key_offsets: Tensor | None,
-    wanted: Sequence[bool],
-) -> list[Tensor]:
-    found = gradients(
-        grad_out,
-        grad_lse,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        bias=bias,
-        diagonal=diagonal,
-        sinks=sinks,
-        mask=decode(mask_ops, mask_ints, mask_tensors) if mask_ops else None,
-        frame=_frame(q, k, query_offset, key_offset, query_offsets, key_offsets),
-        scale=scale,
-        softcap=softcap,
-        dropout=dropout,
-        seed=0 if seed is None else int(seed),
-        wanted=tuple(wanted),
+def _gradient(saved: library.Saved, grad_out: Tensor, grad_lse: Tensor) -> list[Tensor | None]:
+    inputs = saved.inputs
+    differentiable = (*inputs[:3], *inputs[3:6])
+    wanted = [bool(need) and t is not None for need, t in zip(saved.needs[:6], differentiable, strict=True)]
+    found = iter(
+        torch.ops.regard.attention_backward(grad_out, grad_lse, *inputs[:3], *saved.outputs, *inputs[3:], wanted)
     )
+    return [next(found) if want else None for want in wanted]
+
+
+def _attention_backward(*inputs: Any) -> list[Tensor]:
+    given, terms, wanted = inputs[:7], _Terms(*inputs[7:-1]), inputs[-1]
+    _, _, q, k, *_ = given
+    found = gradients(*given, **terms.of(q, k), wanted=tuple(wanted))
     results = (found.q, found.k, found.v, found.bias, found.diagonal, found.sinks)
     return [t.contiguous() for t in results if t is not None]
 
 
-@_attention_backward.register_fake
-def _(*inputs) -> list[Tensor]:  # type: ignore[no-untyped-def]
+def _fake_attention_backward(*inputs: Any) -> list[Tensor]:
     differentiable, wanted = (*inputs[2:5], *inputs[7:10]), inputs[-1]
-    return [
-        torch.empty_like(t, memory_format=torch.contiguous_format)
-        for t, want in zip(differentiable, wanted, strict=True)
-        if want
-    ]
+    return [_like(t) for t, want in zip(differentiable, wanted, strict=True) if want]
 
 
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, bias, diagonal, sinks, ops, ints, mask_tensors, scale, softcap, dropout, seed, q0, k0, q0s, k0s = inputs
-    ctx.save_for_backward(q, k, v, *output, bias, diagonal, sinks, seed, q0s, k0s, *mask_tensors)
-    ctx.numbers = (ops, ints, scale, softcap, dropout, q0, k0)
-    ctx.nothing = (None if ints else [], [None] * len(mask_tensors))  # the shape that torch asks for
-    ctx.set_materialize_grads(True)
+def _second_gradient(saved: library.Saved, upstream: Sequence[Tensor | None]) -> list[Tensor | None]:
+    *inputs, wanted = saved.inputs
+    given = iter(upstream)
+    each = [next(given) if want else None for want in wanted]
+    found = iter(torch.ops.regard.attention_twice(each, *inputs))
+    return [None if t is None else next(found) for t in inputs[:10]]
 
 
-def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
-    q, k, v, out, lse, bias, diagonal, sinks, seed, q0s, k0s, *mask_tensors = ctx.saved_tensors
-    ops, ints, scale, softcap, dropout, q0, k0 = ctx.numbers
-    inputs = (q, k, v, bias, diagonal, sinks)
-    wanted = [bool(need) and t is not None for need, t in zip(ctx.needs_input_grad[:6], inputs, strict=True)]
-    found = iter(
-        torch.ops.regard.attention_backward(
-            grad_out,
-            grad_lse,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            bias,
-            diagonal,
-            sinks,
-            ops,
-            ints,
-            mask_tensors,
-            scale,
-            softcap,
-            dropout,
-            seed,
-            q0,
-            k0,
-            q0s,
-            k0s,
-            wanted,
-        )
-    )
-    return (*(next(found) if want else None for want in wanted), None, *ctx.nothing, *[None] * 8)
+def _attention_twice(upstream: Sequence[Tensor | None], *inputs: Any) -> list[Tensor]:
+    given, terms = inputs[:7], _Terms(*inputs[7:])
+    _, _, q, k, *_ = given
+    return [t for t in second_gradients(Gradients(*upstream), *given, **terms.of(q, k)) if t is not None]
 
 
-_attention.register_autograd(_backward, setup_context=_setup)
+def _fake_attention_twice(_upstream: Sequence[Tensor | None], *inputs: Any) -> list[Tensor]:
+    return [_like(t) for t in inputs[:10] if t is not None]
 
 
-def _frame(q: Tensor, k: Tensor, q0: int, k0: int, q0s: Tensor | None, k0s: Tensor | None) -> Frame:
-    return Frame(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q0 if q0s is None else q0s, k0 if k0s is None else k0s)
+def _like(t: Tensor) -> Tensor:
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+library.operator(
+    "attention", f"(Tensor q, Tensor k, Tensor v, {_TERMS}) -> (Tensor, Tensor)", _attention, fake=_fake_attention,
+    gradient=_gradient, with_outputs=True,
+)  # fmt: skip
+library.operator(
+    "attention_backward", f"({_GRADS}, {_TERMS}, bool[] wanted) -> Tensor[]", _attention_backward,
+    fake=_fake_attention_backward, gradient=_second_gradient, zeros=False,
+)  # fmt: skip
+library.operator(
+    "attention_twice", f"(Tensor?[] upstream, {_GRADS}, {_TERMS}) -> Tensor[]", _attention_twice,
+    fake=_fake_attention_twice,
+    gradient=library.none_further("attention", "of order 1 or 2", 'Pass backend="reference".'),
+)  # fmt: skip
 
 
 # ---- what attention did ----

@@ -77,8 +77,10 @@ class Panel:
                 seen = inside if seen is None else seen | inside
             return seen
         if self.bits is not None:
-            packed = self.bits.contiguous().numpy().view(np.uint8)
-            pairs = np.unpackbits(packed, axis=-1, bitorder="little")[..., columns.start : columns.stop]
+            first = columns.start // 8
+            packed = self.bits.contiguous().numpy().view(np.uint8)[..., first : -(-columns.stop // 8)]
+            pairs = np.unpackbits(packed, axis=-1, bitorder="little")
+            pairs = pairs[..., columns.start - 8 * first : columns.stop - 8 * first]
             return torch.from_numpy(pairs).view(torch.bool)
         return None
 

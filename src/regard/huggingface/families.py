@@ -101,6 +101,7 @@ def _falcon(original: type[nn.Module]) -> type[nn.Module]:
 
     def _split_heads(self: Any, fused_qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if not self.grouped:
+            # Only classes that have the method come by here.
             return original._split_heads(self, fused_qkv)  # type: ignore[attr-defined]
         batch, length, _ = fused_qkv.shape
         group = self.num_heads // self.num_kv_heads
@@ -310,4 +311,5 @@ def guard() -> None:
             admit(type(self))
         return original(self, requested_attention, is_init_check)
 
+    # Replacing another package's method is what this function is for.
     PreTrainedModel.get_correct_attn_implementation = checked  # type: ignore[method-assign]

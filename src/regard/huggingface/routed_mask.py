@@ -29,6 +29,7 @@ def regard_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int | Tensor = 0,
+    # transformers types its functions by their ints, and calls them with tensors.
     mask_function: IndexFunction = hf.causal_mask_function,  # type: ignore[assignment]
     attention_mask: Tensor | None = None,
     allow_is_bidirectional_skip: bool = False,
@@ -100,6 +101,7 @@ class RoutedMask(Tensor):
     def _view(cls, held: _Held) -> RoutedMask:
         scene = held.scene
         shape = (scene.batch, 1, scene.seq_len_q, scene.seq_len_kv)
+        # What torch gives its subclasses is missing from its stubs.
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=scene.device)  # type: ignore[attr-defined]
         self._held = held
         return self
