@@ -1,5 +1,5 @@
-// Attention backward: gradients of q, k, v and of a diagonal bias, weights recomputed from lse.
-// Enters: a BackwardCall. Leaves: grad_q; grad_k and grad_v added to; diagonal sums by part.
+// Attention backward: gradients of q, k, v and of a bias, weights recomputed from lse.
+// Enters: a BackwardCall. Leaves: grad_q; grad_k, grad_v and grad_bias added to; diagonal sums by part.
 //
 // Three passes over tasks, each writing what no other task of its pass writes:
 //   1. for each 64 queries: rows of (lse, do . out - dlse), and the key tiles that the mask keeps.
@@ -172,6 +172,31 @@ void add_diagonals(const BackwardCall& call, const Queries& queries, i64 part, i
     }
 }
 
+// A tile of dS added to a dense bias's gradient, whose rows go by queries: squares of dSᵀ are turned.
+template <class C>
+void add_to_bias(const BackwardCall& call, const Queries& queries, i64 first, i64 count, const C* grads) {
+    constexpr int W = kWidth<C>;
+    for (int lane = 0; lane < queries.count; lane += W) {
+        C* rows[W];
+        for (int i = 0; i < W; ++i)
+            rows[i] = lane + i < queries.count ? queries.at<C>(call.grad_bias, lane + i) + first * call.grad_bias.col
+                                               : nullptr;
+        for (i64 j = 0; j < count; j += W) {
+            Vector<C> square[W];
+            for (int i = 0; i < W; ++i) square[i] = j + i < count ? load(grads + (j + i) * kLanes + lane) : Vector<C>{};
+            transpose<C>(square);
+            const i64 keys = count - j < W ? count - j : W;
+            for (int i = 0; i < W && rows[i] != nullptr; ++i) {
+                if (keys == W && call.grad_bias.col == 1) {
+                    store(rows[i] + j, load(rows[i] + j) + square[i]);
+                    continue;
+                }
+                for (i64 n = 0; n < keys; ++n) rows[i][(j + n) * call.grad_bias.col] += square[i][n];
+            }
+        }
+    }
+}
+
 // In pairs of bfloat16 each of these needs half the room at most.
 template <class C>
 struct Buffers {
@@ -273,7 +298,8 @@ void score_gradients(const BackwardCall& call, const Queries& queries, i64 first
     const Vector<C> minus_infinity = splat(-kInfinity<C>);
     if (call.dropout != 0) drop<C>(call.seed, queries, call.first_row, first, count, call.dropout, grads);
     const bool capped = call.scores.softcap != 0, diagonal = call.grad_diagonal != nullptr;
-    const C scale = static_cast<C>(call.scores.scale), before = capped || diagonal ? C(1) : scale;
+    const bool dense = call.grad_bias.data != nullptr, later = capped || diagonal || dense;
+    const C scale = static_cast<C>(call.scores.scale), before = later ? C(1) : scale;
     for (int lane = 0; lane < queries.count; lane += W) {
         const Vector<C> shift = load(lse + lane), rest = load(common + lane);
         for (i64 j = 0; j < count; ++j) {
@@ -285,7 +311,8 @@ void score_gradients(const BackwardCall& call, const Queries& queries, i64 first
         }
     }
     if (diagonal) add_diagonals(call, queries, part, first, count, grads);
-    if (capped || diagonal)
+    if (dense) add_to_bias(call, queries, first, count, grads);
+    if (later)
         for (i64 j = 0; j < count; ++j)
             for (int lane = 0; lane < queries.count; lane += W) {
                 const i64 at = j * kLanes + lane;
@@ -338,13 +365,10 @@ void tile_gradients(const BackwardCall& call, const Queries& queries, const Span
     }
 }
 
+// One k/v head and one part of the keys.
 template <class T, class C>
-void part_task(const void* context, i64 index, void* memory) {
-    const BackwardCall& call = *static_cast<const BackwardCall*>(context);
+void part_of_head(const BackwardCall& call, i64 part, i64 head, const Workspace<C>& work, const Buffers<C>& b) {
     const Scores& s = call.scores;
-    const Workspace<C> work(call);
-    const Buffers<C> b(call, static_cast<C*>(memory));
-    const i64 part = index / (s.batch * s.num_kv_heads), head = index % (s.batch * s.num_kv_heads);
     const i64 d = s.head_dim, e = call.head_dim_v, wide_d = padded(d), wide_e = padded(e);
     const i64 end = (part + 1) * call.part_keys < s.seq_len_kv ? (part + 1) * call.part_keys : s.seq_len_kv;
 
@@ -386,6 +410,38 @@ void part_task(const void* context, i64 index, void* memory) {
     }
 }
 
+// What the tasks of the second pass are: no two may add to one number of grad_bias, so that where the bias broadcasts
+// one task goes through all the batch rows, heads or parts that share it, in order.
+struct Tasks {
+    i64 parts, batch, heads;                  // tasks
+    i64 part_steps, batch_steps, head_steps;  // what one goes through
+
+    Tasks(const BackwardCall& call, i64 all_parts) {
+        const View& bias = call.grad_bias;
+        const bool dense = bias.data != nullptr;
+        const auto split = [](bool shared, i64 size, i64* tasks, i64* steps) {
+            *tasks = shared ? 1 : size, *steps = shared ? size : 1;
+        };
+        split(dense && bias.col == 0, all_parts, &parts, &part_steps);
+        split(dense && bias.batch == 0, call.scores.batch, &batch, &batch_steps);
+        split(dense && bias.head == 0, call.scores.num_kv_heads, &heads, &head_steps);
+    }
+};
+
+template <class T, class C>
+void part_task(const void* context, i64 index, void* memory) {
+    const BackwardCall& call = *static_cast<const BackwardCall*>(context);
+    const Workspace<C> work(call);
+    const Buffers<C> b(call, static_cast<C*>(memory));
+    const Tasks tasks(call, work.parts);
+    const i64 part = index / (tasks.batch * tasks.heads), row = index / tasks.heads % tasks.batch,
+              head = index % tasks.heads;
+    for (i64 p = part; p < part + tasks.part_steps; ++p)
+        for (i64 r = row; r < row + tasks.batch_steps; ++r)
+            for (i64 h = head; h < head + tasks.head_steps; ++h)
+                part_of_head<T, C>(call, p, r * call.scores.num_kv_heads + h, work, b);
+}
+
 template <class T, class C>
 void join(const void* context, i64 entry, void* memory) {
     const BackwardCall& call = *static_cast<const BackwardCall*>(context);
@@ -408,9 +464,9 @@ void join(const void* context, i64 entry, void* memory) {
 template <class T, class C>
 void run(const BackwardCall& call) {
     const Workspace<C> work(call);
-    const Scores& s = call.scores;
+    const Tasks tasks(call, work.parts);
     parallel(work.entries, call.threads, 0, prepare<T, C>, &call);
-    parallel(work.parts * s.batch * s.num_kv_heads, call.threads, Buffers<C>::size(call) * i64{sizeof(C)},
+    parallel(tasks.parts * tasks.batch * tasks.heads, call.threads, Buffers<C>::size(call) * i64{sizeof(C)},
              part_task<T, C>, &call);
     parallel(work.entries, call.threads, kLanes * work.width * i64{sizeof(C)}, join<T, C>, &call);
 }

@@ -216,8 +216,8 @@ NB_MODULE(_kernels, module) {
         "backward",
         [](int isa, int dtype, ShapeArgument shape, ViewArgument q, ViewArgument k, ViewArgument v, ViewArgument out,
            ViewArgument grad_out, ViewArgument lse, ViewArgument grad_lse, ViewArgument grad_q, i64 grad_k, i64 grad_v,
-           i64 grad_diagonal, i64 diagonals, i64 last_row, BiasArgument bias, MaskArgument mask, double scale,
-           double softcap, double dropout, u64 seed, i64 first_row, i64 part_keys, int threads) {
+           ViewArgument grad_bias, i64 grad_diagonal, i64 diagonals, i64 last_row, BiasArgument bias, MaskArgument mask,
+           double scale, double softcap, double dropout, u64 seed, i64 first_row, i64 part_keys, int threads) {
             BackwardCall call{scores(dtype, shape, q, k, bias, mask, scale, softcap),
                               shape[6],
                               view(v),
@@ -228,6 +228,7 @@ NB_MODULE(_kernels, module) {
                               view(grad_q),
                               reinterpret_cast<void*>(grad_k),
                               reinterpret_cast<void*>(grad_v),
+                              view(grad_bias),
                               reinterpret_cast<void*>(grad_diagonal),
                               diagonals,
                               last_row,
@@ -244,8 +245,8 @@ NB_MODULE(_kernels, module) {
             target(isa).backward(call);
         },
         "isa"_a, "dtype"_a, "shape"_a, "q"_a, "k"_a, "v"_a, "out"_a, "grad_out"_a, "lse"_a, "grad_lse"_a, "grad_q"_a,
-        "grad_k"_a, "grad_v"_a, "grad_diagonal"_a, "diagonals"_a, "last_row"_a, "bias"_a, "mask"_a, "scale"_a,
-        "softcap"_a, "dropout"_a, "seed"_a, "first_row"_a, "part_keys"_a, "threads"_a);
+        "grad_k"_a, "grad_v"_a, "grad_bias"_a, "grad_diagonal"_a, "diagonals"_a, "last_row"_a, "bias"_a, "mask"_a,
+        "scale"_a, "softcap"_a, "dropout"_a, "seed"_a, "first_row"_a, "part_keys"_a, "threads"_a);
 
     module.def(
         "dropout",

@@ -78,6 +78,7 @@ struct BackwardCall {
     View v, out, grad_out, lse, grad_lse;
     View grad_q;            // in the inputs' dtype
     void *grad_k, *grad_v;  // (batch, num_kv_heads, seq_len_kv, head_dim or head_dim_v), added to
+    View grad_bias;         // of a dense bias, in lse's dtype, added to; a stride of 0: the bias broadcasts there
     void* grad_diagonal;    // (key parts, batch, num_heads, diagonals), zeroed by the caller, or null; entry j - i +
                             // last_row
     i64 diagonals, last_row;

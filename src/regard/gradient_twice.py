@@ -26,22 +26,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import plan
-from .gradient import (
-    Gradients,
-    _add_diagonals,
-    _diagonals,
-    _finite,
-    _grouped,
-    _kept,
-    _part,
-    _ungrouped,
-    row_terms,
-)
+from . import native, plan
+from .gradient import Gradients, row_terms
 from .masks import Mask
 from .positions import Frame
 
-# letters of shapes: as in gradient.py
+# Letters of shapes: B batch, H num_heads, K num_kv_heads, X rows of all heads of a group, R rows of a panel, C its
+# columns, D head_dim.
 _ROWS = 256  # queries of one tile, at most
 _PAIRS = 1 << 21  # scores of one tile, all heads together
 
@@ -218,3 +209,54 @@ def _tiles(
 
 def _without(t: Tensor, hidden: Tensor | None) -> Tensor:
     return t if hidden is None else t.masked_fill_(hidden, 0.0)
+
+
+def _grouped(t_BHRD: Tensor, num_kv_heads: int) -> Tensor:
+    """(B, H, R, D) -> (B, K, G R, D): the rows that read one k/v head, under one another."""
+    b, h, r, d = t_BHRD.shape
+    return t_BHRD.reshape(b, num_kv_heads, h // num_kv_heads * r, d)
+
+
+def _ungrouped(t_BKXD: Tensor, group: int) -> Tensor:
+    b, k, x, d = t_BKXD.shape
+    return t_BKXD.view(b, k * group, x // group, d)
+
+
+def _finite(t: Tensor) -> Tensor:
+    """Rows with NaN or inf as zeros: 0 · NaN would pass the mask, and who may see them has a NaN weight already."""
+    finite = t.isfinite().all(-1, keepdim=True)
+    return t if bool(finite.all()) else torch.where(finite, t, 0.0)
+
+
+def _part(t: Tensor, rows: slice, columns: slice) -> Tensor:
+    """A panel of a bias; axes of size 1 broadcast."""
+    t = t[:, :, rows] if t.shape[2] > 1 else t
+    return t[:, :, :, columns] if t.shape[3] > 1 else t
+
+
+def _diagonals(diagonal: Tensor, rows: range, columns: range, seq_len_q: int) -> Tensor:
+    """Bias (b, h, R, C) of a panel from entries j - i + seq_len_q - 1, as a view of the span that the panel touches."""
+    low = columns.start - (rows.stop - 1) + seq_len_q - 1
+    span = diagonal[..., low : low + len(rows) + len(columns) - 1]
+    return span.unfold(-1, len(columns), 1).flip(-2)
+
+
+def _add_diagonals(grad: Tensor, ds_BHRC: Tensor, rows: range, columns: range, seq_len_q: int) -> None:
+    """Adds the sums along the diagonals of a panel: rows flipped and shifted by one each, they add up downwards."""
+    b, h, r, c = ds_BHRC.shape
+    wide = torch.nn.functional.pad(ds_BHRC.flip(-2), (0, r))
+    sheared = wide.flatten(-2)[..., : r * (r + c) - r].view(b, h, r, r + c - 1)
+    low = columns.start - (rows.stop - 1) + seq_len_q - 1
+    part = grad[..., low : low + r + c - 1]
+    part += sheared.sum(-2).sum_to_size(part.shape)
+
+
+def _kept(frame: Frame, rows: range, columns: range, seed: int, dropout: float) -> Tensor:
+    """The forward pass's dropout pattern of a panel, bool (B, H, R, C)."""
+    keep = torch.empty(frame.batch, frame.num_heads, len(rows), frame.seq_len_kv, dtype=torch.uint8)
+    for b in range(frame.batch):
+        for h in range(frame.num_heads):
+            native.kernels().dropout(
+                seed, b, h, rows.start, len(rows), frame.seq_len_kv, dropout, keep[b, h].data_ptr()
+            )
+    return keep[..., columns.start : columns.stop] != 0
