@@ -169,12 +169,12 @@ NB_MODULE(_kernels, module) {
 
     module.def(
         "stats",
-        [](int isa, int dtype, ShapeArgument shape, ViewArgument q, ViewArgument k, ViewArgument lse, BiasArgument bias,
-           MaskArgument mask, double scale, double softcap, i64 top_k, i64 top_keys, i64 top_weights, i64 received,
-           ViewArgument entropy, ViewArgument max_score, i64 block_rows, i64 block_cols, ViewArgument block_mass,
-           ViewArgument block_max, i64 chunk_rows, int threads) {
-            const StatsCall call{scores(dtype, shape, q, k, bias, mask, scale, softcap),
-                                 view(lse),
+        [](int isa, int dtype, ShapeArgument shape, ViewArgument q, ViewArgument k, ViewArgument v, ViewArgument out,
+           ViewArgument lse, BiasArgument bias, i64 sinks, MaskArgument mask, double scale, double softcap, i64 top_k,
+           i64 top_keys, i64 top_weights, i64 received, ViewArgument entropy, ViewArgument max_score, i64 block_rows,
+           i64 block_cols, ViewArgument block_mass, ViewArgument block_max, i64 chunk_rows, int threads) {
+            const StatsCall call{{scores(dtype, shape, q, k, bias, mask, scale, softcap), shape[6], view(v), view(out),
+                                  view(lse), reinterpret_cast<const void*>(sinks), 0, 0, 0, threads},
                                  top_k,
                                  reinterpret_cast<i64*>(top_keys),
                                  reinterpret_cast<void*>(top_weights),
@@ -185,14 +185,13 @@ NB_MODULE(_kernels, module) {
                                  block_cols,
                                  view(block_mass),
                                  view(block_max),
-                                 chunk_rows,
-                                 threads};
+                                 chunk_rows};
             nb::gil_scoped_release release;
             target(isa).stats(call);
         },
-        "isa"_a, "dtype"_a, "shape"_a, "q"_a, "k"_a, "lse"_a, "bias"_a, "mask"_a, "scale"_a, "softcap"_a, "top_k"_a,
-        "top_keys"_a, "top_weights"_a, "received"_a, "entropy"_a, "max_score"_a, "block_rows"_a, "block_cols"_a,
-        "block_mass"_a, "block_max"_a, "chunk_rows"_a, "threads"_a);
+        "isa"_a, "dtype"_a, "shape"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "bias"_a, "sinks"_a, "mask"_a, "scale"_a,
+        "softcap"_a, "top_k"_a, "top_keys"_a, "top_weights"_a, "received"_a, "entropy"_a, "max_score"_a, "block_rows"_a,
+        "block_cols"_a, "block_mass"_a, "block_max"_a, "chunk_rows"_a, "threads"_a);
 
     module.def(
         "tile",

@@ -56,10 +56,11 @@ struct ForwardCall {
     int threads;
 };
 
-// Column sums are gathered per chunk of query rows, in double, so that no two tasks write one number.
+// What attention did. Where `forward` has values, out and lse are written on the way, with the bits of the forward
+// pass; else lse is given. No dropout. Column sums are gathered per chunk of query rows, in double, so that no two
+// tasks write one number.
 struct StatsCall {
-    Scores scores;
-    View lse;
+    ForwardCall forward;
     i64 top_k;
     i64* top_keys;  // (batch, num_heads, seq_len_q, top_k), -1 past the visible keys
     void* top_weights;
@@ -68,7 +69,6 @@ struct StatsCall {
     i64 block_rows, block_cols;  // 0: no blocks
     View block_mass, block_max;  // zeroed by the caller; row = block row, col = block column
     i64 chunk_rows;              // a multiple of block_rows where there are blocks
-    int threads;
 };
 
 // Gradients of attention from the forward's out and lse.

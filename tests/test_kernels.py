@@ -344,6 +344,123 @@ def test_equal_weights_rank_by_key(isa):
     assert torch.equal(found["top_keys"], torch.arange(7).expand(1, 1, 3, 7))
 
 
+STATISTICS = {"top_k": 5, "received": True, "entropy": True, "max_score": True, "block": (37, 41)}
+WHOLE = {
+    "mask": None, "bias": None, "diagonal": None, "sinks": None, "scale": 0.3, "softcap": None, "dropout": 0.0,
+    "query_offset": 0, "key_offset": 0,
+}  # fmt: skip
+
+
+def observed(dtype: torch.dtype, n: int = 150, m: int = 210) -> tuple[Tensor, Tensor, Tensor, dict]:
+    """Four heads on two, a softcap, sinks, a bias of -inf in places and rows without keys."""
+    q = torch.randn(2, 4, n, 24).to(dtype)
+    k, v = (torch.randn(2, 2, m, width).to(dtype) for width in (24, 40))
+    bias = torch.randn(1, 4, n, m).masked_fill(torch.rand(1, 4, n, m) < 0.2, -math.inf)
+    bias[:, 1, 7] = -math.inf
+    given = {"bias": bias.to(dtype), "sinks": torch.randn(4).to(dtype), "softcap": 3.0, "query_offset": -20}
+    return q, k, v, WHOLE | given
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["ranges", "bits", "sparse"])
+def test_statistics_in_one_pass_have_the_bits_of_two_passes(isa, dtype, kind):
+    q, k, v, given = observed(dtype)
+    given["mask"] = {
+        "ranges": masks.causal() | masks.prefix(3),
+        "bits": masks.from_tensor(torch.rand(4, 150, 210) > 0.4),
+        "sparse": masks.from_tensor((torch.rand(4, 150, 210) > 0.99) & (torch.arange(210) % 128 < 64)),
+    }[kind]
+    out, lse, found = op.attend_with_statistics(q, k, v, **given, **STATISTICS)
+    plain_out, plain_lse = attend(q, k, v, **given)
+    assert torch.equal(out, plain_out) and torch.equal(lse, plain_lse)
+    alone = {name: value for name, value in given.items() if name not in ("sinks", "dropout")}
+    for name, value in op.statistics(q, k, lse, **alone, **STATISTICS).items():
+        assert torch.equal(found[name], value), name
+    recorded = op.attend_with_statistics(q.requires_grad_(), k, v, **given, **STATISTICS)
+    assert recorded[0].requires_grad and torch.equal(recorded[0], out)
+    for name, value in recorded[2].items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_each_statistic_alone_has_the_bits_of_all_together(isa, dtype):
+    q, k, v, given = observed(dtype)
+    given["mask"] = masks.causal() | masks.prefix(3)
+    asked = STATISTICS | {"block": (64, 41)}  # blocks of whole tiles leave the order of the sums as it is
+    out, lse, found = op.attend_with_statistics(q, k, v, **given, **asked)
+    for name, value in asked.items():
+        alone_out, alone_lse, alone = op.attend_with_statistics(q, k, v, **given, **{name: value})
+        assert torch.equal(alone_out, out) and torch.equal(alone_lse, lse)
+        expected = {"top_k": {"top_keys", "top_weights"}, "block": {"block_mass", "block_max"}}.get(name, {name})
+        assert set(alone) == expected
+        for of_name, statistic in alone.items():
+            assert torch.equal(statistic, found[of_name]), of_name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_statistics_under_bias_softcap_sinks_and_groups_match_the_formula(isa, dtype):
+    q, k, v, given = observed(dtype)
+    for mask in (None, masks.causal(), masks.from_tensor(torch.rand(4, 150, 210) > 0.7)):
+        _, _, found = op.attend_with_statistics(q, k, v, **(given | {"mask": mask}), **STATISTICS)
+        of_formula = {name: given[name] for name in ("bias", "sinks", "scale", "softcap", "query_offset")}
+        _, _, weights = formula(q, k, v, mask=mask, **of_formula)
+        near = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-5}
+        torch.testing.assert_close(found["received"].double(), weights.sum(2), **near)
+        surprise = torch.where(weights > 0, -weights * weights.clamp_min(1e-300).log(), 0.0)
+        torch.testing.assert_close(found["entropy"].double(), surprise.sum(-1), **near)
+        torch.testing.assert_close(found["top_weights"].double(), weights.topk(5).values, **near)
+        padded = F.pad(weights, (0, -210 % 41, 0, -150 % 37)).unflatten(3, (-1, 41)).unflatten(2, (-1, 37))
+        torch.testing.assert_close(found["block_mass"].double(), padded.sum((3, 5)), **near)
+        torch.testing.assert_close(found["block_max"].double(), padded.amax((3, 5)), **near)
+        empty = (weights == 0).all(-1)
+        assert empty.any() and (found["entropy"][empty] == 0).all() and (found["max_score"][empty] == -math.inf).all()
+        assert (found["top_keys"][empty] == -1).all() and (found["top_weights"][empty] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_too_long_to_keep_give_the_statistics_of_their_parts(isa, dtype):
+    # 70 queries over 17,000 keys: more than a worker keeps, so scores are computed a second time.
+    q = torch.randn(1, 1, 70, 8).to(dtype)
+    k, v = (torch.randn(1, 1, 17000, 8).to(dtype) for _ in range(2))
+    asked = {"top_k": 3, "received": True, "entropy": True, "block": (64, 500)}
+    out, _, found = op.attend_with_statistics(q, k, v, **WHOLE, **asked)
+    assert torch.equal(out, attend(q, k, v, **WHOLE)[0])
+    _, _, weights = formula(q, k, v, scale=0.3)
+    torch.testing.assert_close(found["received"].double(), weights.sum(2), rtol=2e-5, atol=1e-7)
+    torch.testing.assert_close(found["entropy"].double(), torch.special.entr(weights).sum(-1), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(found["top_weights"].double(), weights.topk(3).values, rtol=2e-5, atol=1e-7)
+    blocks = F.pad(weights, (0, 0, 0, 58)).unflatten(3, (34, 500)).unflatten(2, (2, 64))
+    torch.testing.assert_close(found["block_mass"].double(), blocks.sum((3, 5)), rtol=2e-5, atol=1e-7)
+    torch.testing.assert_close(found["block_max"].double(), blocks.amax((3, 5)), rtol=2e-5, atol=1e-7)
+
+
+def test_top_keys_rank_by_score_even_where_the_weights_are_zero(isa):
+    # Scores of -300 and below weigh e^-300 = 0 beside a 0, and are visible all the same.
+    k = torch.tensor([-400.0, 0.0, -300.0, -400.0, -350.0, -math.inf]).view(1, 1, 6, 1)
+    q = torch.ones(1, 1, 65, 1)
+    _, _, found = op.attend_with_statistics(q, k, k.clamp_min(-1.0), **(WHOLE | {"scale": 1.0}), top_k=6)
+    assert torch.equal(found["top_keys"], torch.tensor([1, 2, 4, 0, 3, -1]).expand(1, 1, 65, 6))
+    assert torch.equal(found["top_weights"], torch.tensor([1.0, 0, 0, 0, 0, 0]).expand(1, 1, 65, 6))
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 64, 100])
+def test_ties_among_many_keys_rank_by_key(isa, top_k):
+    q, k = torch.ones(1, 1, 70, 1), torch.randint(0, 4, (1, 1, 90, 1)).float()
+    _, _, found = op.attend_with_statistics(q, k, k, **(WHOLE | {"scale": 1.0}), top_k=top_k)
+    order = torch.sort(k.flatten(), descending=True, stable=True).indices[:top_k]
+    expected = F.pad(order, (0, top_k - len(order)), value=-1)
+    assert torch.equal(found["top_keys"], expected.expand(1, 1, 70, top_k))
+
+
+def test_a_query_that_sees_nan_leaves_the_statistics_of_the_others_alone(isa):
+    q, k, v = (torch.randn(1, 1, 80, 16) for _ in range(3))
+    k[:, :, 70] = math.nan
+    _, _, found = op.attend_with_statistics(q, k, v, **(WHOLE | {"mask": masks.causal()}), **STATISTICS)
+    assert found["entropy"][:, :, :70].isfinite().all() and found["entropy"][:, :, 70:].isnan().all()
+    assert found["max_score"][:, :, :70].isfinite().all() and found["max_score"][:, :, 70:].isnan().all()
+    assert found["top_weights"][:, :, :70].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [range(150), range(64, 65), range(10, 131)])
 @pytest.mark.parametrize("cols", [range(210), range(63, 66), range(100, 101)])

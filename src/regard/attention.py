@@ -171,12 +171,15 @@ def attention_with_stats(
         "attention_with_stats", q, k, v, mask, bias, scale, softcap, sinks, dropout, query_offset, key_offset, cache,
         backend, wanted=wanted,
     )  # fmt: skip
-    out, lse = _attended(call)
+    found: dict[str, Any] = {}
     if wanted == "lse":
-        found = {}
+        out, lse = _attended(call)
     elif call.native:
-        found = op.statistics(call.q, call.k, lse.detach(), **call.terms, **asked)
+        out, lse, found = op.attend_with_statistics(
+            call.q, call.k, call.v, **call.terms, sinks=call.sinks, dropout=call.dropout, **asked
+        )
     else:
+        out, lse = _attended(call)
         exact = reference.statistics(call.q, call.k, reference.Terms(**call.terms, sinks=call.sinks), **asked)
         found = {name: t if t is None or name == "top_keys" else t.to(lse.dtype) for name, t in exact.items()}
     stats = AttentionStats(out, lse, *(found.get(name) for name in AttentionStats._fields[2:]))

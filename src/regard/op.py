@@ -281,6 +281,37 @@ library.operator(
 # ---- what attention did ----
 
 
+def attend_with_statistics(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | None,
+    bias: Tensor | None,
+    diagonal: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    dropout: float,
+    query_offset: int | Tensor,
+    key_offset: int | Tensor,
+    **asked: Any,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """`attend` and `statistics` with the bits of both: in one pass where there is neither gradient nor dropout.
+
+    Few queries stay with two passes: the first reads each key once for all heads of a group.
+    """
+    terms = {"mask": mask, "bias": bias, "diagonal": diagonal, "scale": scale, "softcap": softcap}
+    terms |= {"query_offset": query_offset, "key_offset": key_offset}
+    tensors = [t for t in (q, k, v, bias, diagonal, sinks) if t is not None]
+    if dropout or q.shape[2] < native.LANES or not _plain(tensors):
+        out, lse = attend(q, k, v, **terms, sinks=sinks, dropout=dropout)
+        return out, lse, statistics(q, k, lse.detach(), **terms, **asked)
+    out, lse = _results(q, v)
+    sinks = None if sinks is None else sinks.contiguous()
+    return out, lse, statistics(q, k, lse, **terms, **asked, values=(v, out, sinks))
+
+
 def statistics(
     q: Tensor,
     k: Tensor,
@@ -298,12 +329,15 @@ def statistics(
     entropy: bool = False,
     max_score: bool = False,
     block: tuple[int, int] | None = None,
+    values: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> dict[str, Tensor]:
-    """Statistics of the weights exp(score - lse), before dropout, in a second pass; what was not asked for is left out.
+    """Statistics of the weights exp(score - lse), before dropout; what was not asked for is left out.
+
+    `values` holds v, out and sinks: out and lse are then written in the same pass, and lse is not read.
 
     Returns:
         top_keys, top_weights, received, entropy, max_score, block_mass, block_max, shaped as in `AttentionStats`; keys
-        past the visible ones are -1.
+        past the visible ones are -1, and of equal scores the earlier key comes first.
     """
     frame = Frame(q.shape[0], q.shape[1], q.shape[2], k.shape[2], query_offset, key_offset)
     b, h, n, m = frame.batch, frame.num_heads, frame.seq_len_q, frame.seq_len_kv
@@ -323,7 +357,8 @@ def statistics(
         found["block_max"] = torch.zeros(grid, dtype=wide)
     column_sums = torch.zeros(b, h, m, dtype=torch.float64) if received else None
 
-    shape = _shape(q, k, 1)
+    v, out, sinks = values or (None, None, None)
+    shape = _shape(q, k, 0 if v is None else v.shape[3])
     threads = native.threads(b * h * n * m * shape[5])
     kernels, isa, dtype = native.kernels(), native.isa_number(), native.DTYPES[q.dtype]
     for panel in plan.panels(mask, frame, align=rows or 1):
@@ -343,8 +378,11 @@ def statistics(
             (*shape[:3], count, *shape[4:]),
             native.down(native.operand(q), q, first),
             native.operand(k),
+            native.ABSENT if v is None else native.operand(v),
+            native.ABSENT if out is None else native.down(native.operand(out), out, first),
             native.rows_view(lse, first),
             native.bias_view(bias, diagonal, first, n),
+            0 if sinks is None else sinks.data_ptr(),
             panel.argument(),
             scale,
             softcap or 0.0,
