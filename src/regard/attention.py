@@ -32,7 +32,8 @@ class AttentionStats(NamedTuple):
     lse: Tensor
     """`(batch, num_heads, seq_len_q)`, log of the softmax's denominator, sink included; −inf for an empty row."""
     top_keys: Tensor | None
-    """int64 `(batch, num_heads, seq_len_q, top_k)`, key indices by descending weight; −1 past the visible keys."""
+    """int64 `(batch, num_heads, seq_len_q, top_k)`, key indices by descending score, of equals the lower key first;
+    −1 past the visible keys."""
     top_weights: Tensor | None
     """`(batch, num_heads, seq_len_q, top_k)`, their weights; 0 past the visible keys."""
     received: Tensor | None
