@@ -8,6 +8,7 @@ Floor 1: above the masks.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -152,6 +153,6 @@ def inputs(case: Case) -> Inputs:
         shape = (case.batch, num_heads, rows, case.head_dim)
         return torch.randn(shape, generator=generator).to(dtype).requires_grad_(grad)
 
-    sets = 1 if case.kind != "decode" else max(1, int(_COLD // case.moved))
+    sets = 1 if case.kind != "decode" else math.ceil(_COLD / case.moved)
     kv, n = case.num_kv_heads, case.seq_len
     return Inputs([(draw(case.num_heads, case.queries), draw(kv, n), draw(kv, n)) for _ in range(sets)])

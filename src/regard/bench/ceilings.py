@@ -19,7 +19,7 @@ from regard import native
 # As in kernels/view.h.
 FLOAT32, PAIRS, TILES, READ, COPY = 0, 2, 3, 4, 5
 _BYTES = 1 << 28  # of the buffer that is read: many times any cache
-_PART = 1 << 22  # of it, for one task
+_ROUNDS = 200_000  # of a peak
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,10 @@ class Ceilings:
 
 
 def measure(samples: int = 5) -> Ceilings:
-    """Measure every ceiling of the instruction set in use: about 20 ms a sample, the best of `samples` counts."""
+    """Measure every ceiling of the instruction set in use: 10 to 40 ms a sample, the best of `samples` counts."""
     source, target = _buffers()
     from_, to = source.data_ptr(), target.data_ptr()
-    rounds = 20_000
-    peaks = [_best(samples, kind, rounds, 0, 0, 0) for kind in (FLOAT32, PAIRS, TILES)]
+    peaks = [_best(samples, kind, _ROUNDS, 0, 0, 0) for kind in (FLOAT32, PAIRS, TILES)]
     read = _best(samples, READ, 0, from_, to, _BYTES)
     copied = _best(samples, COPY, 0, from_, to, target.nbytes)
     assert peaks[0] is not None and read is not None and copied is not None

@@ -115,7 +115,7 @@ def _generate(model: Any, ids: Tensor, implementation: str, new: int) -> Callabl
             ids, attention_mask=mask, past_key_values=cache, do_sample=False, min_new_tokens=new,
             max_new_tokens=new, pad_token_id=0,
         )  # fmt: skip
-        cache.crop(ids.shape[1] - 1)
+        cache.crop(ids.shape[1] - 1 - cache.get_seq_length())  # of a negative number: so many are removed
         return out[:, ids.shape[1] :]
 
     return call

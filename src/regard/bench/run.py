@@ -112,21 +112,21 @@ def bench(options: Options, file: Path | None = None, say: Say = print) -> Resul
 def _column(column: str, names: list[str], options: Options, target: Path, say: Say) -> None:
     """Run regard.bench.column in a process that is held, and pass its lines on."""
     asked = json.dumps({**asdict(options), "column": column, "names": names, "file": str(target.resolve())})
-    process = subprocess.Popen(
-        [sys.executable, "-m", "regard.bench.column"], env=held.environment(column), text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8",
-    )  # fmt: skip
-    assert process.stdin is not None and process.stdout is not None
-    try:
-        process.stdin.write(asked)
-        process.stdin.close()
-        for line in process.stdout:
-            say(line.rstrip("\n"))
-        if process.wait() != 0:
-            raise RuntimeError(
-                f"bench: the process of column {column} must end well; got status {process.returncode}. "
-                "What it measured before is kept: see its message above, and run with --resume."
-            )
-    finally:
-        process.kill()
-        process.wait()
+    with subprocess.Popen(
+        [sys.executable, "-m", "regard.bench.column"], env=held.environment(column), encoding="utf-8",
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(asked)
+            process.stdin.close()
+            for line in process.stdout:
+                say(line.rstrip("\n"))
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode != 0:
+        raise RuntimeError(
+            f"bench: the process of column {column} must end well; got status {process.returncode}. "
+            "What it measured before is kept: see its message above, and run with --resume."
+        )
