@@ -71,7 +71,7 @@ def contenders(case: Case, given: Inputs, *, held: bool = False, foreign: bool =
         ("openvino", _refuses_openvino, _openvino),
     ):
         why = "" if foreign else "not asked for"
-        why = why or ("it cannot be held to an instruction set" if held else "") or refusal(case)
+        why = why or ("it cannot be held to an instruction set" if held and name != "flex" else "") or refusal(case)
         if why:
             found.absent[name] = why
             continue
