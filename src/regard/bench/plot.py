@@ -66,6 +66,7 @@ def plot(file: Path, items: Mapping[str, Mapping[str, Any]]) -> bool:
                 axes.annotate(words, (last, floor * (last / first) ** power), color="#666", ha="right", va="bottom")
             axes.set_title(f"{dtype}, 8 heads of 64", loc="left", fontsize=10)
             axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1024:g}k" if tokens >= 1024 else f"{tokens:g}")
             axes.set_xlabel("tokens")
             axes.set_ylabel("seconds a call")
             axes.spines[["top", "right"]].set_visible(False)

@@ -57,10 +57,13 @@ def race(
             f"race: calls must be there and 1 <= least <= most; got {len(calls)} calls, least {least} and most {most}. "
             "Pass some."
         )
-    repeats = {name: math.ceil(_SHORTEST / max(_sample(call, 1), 1e-7)) for name, call in calls.items()}
-    spent: dict[str, list[float]] = {name: [] for name in calls}
     names, began = list(calls), time.perf_counter()
-    for turn in range(most):
+    first = {name: _sample(call, 1) for name, call in calls.items()}
+    repeats = {name: math.ceil(_SHORTEST / max(once, 1e-7)) for name, once in first.items()}
+    # Long calls of a first turn count: three turns of seconds each are enough to wait for.
+    whole = all(count == 1 for count in repeats.values())
+    spent: dict[str, list[float]] = {name: [once] if whole else [] for name, once in first.items()}
+    for turn in range(int(whole), most):
         # Who goes first changes with each turn: the second may find what it reads in the cache.
         for name in names if turn % 2 == 0 else names[::-1]:
             if pause:
