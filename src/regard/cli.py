@@ -113,7 +113,9 @@ def bench(
         Path | None,
         typer.Option("--json", help="Keep the results in this file, joined with those in it.", metavar="FILE"),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Leave out what the file holds already.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Leave out what the file holds already, undisturbed.")
+    ] = False,
     budget: Annotated[
         float | None, typer.Option(help="Begin no further item after these seconds; --resume goes on.")
     ] = None,

@@ -17,10 +17,10 @@ import torch
 
 from regard.bench import held
 from regard.bench.cases import Case
-from regard.bench.machine import machine, moment
+from regard.bench.machine import machine, moment, others_share, used
 from regard.bench.measure import measure
 from regard.bench.model import ModelCase, measure_model, model_cases
-from regard.bench.results import Results
+from regard.bench.results import Results, disturbed
 from regard.bench.rows import sweep_cases, table_cases
 
 
@@ -37,7 +37,9 @@ def main() -> None:
         if asked["budget"] is not None and time.perf_counter() - began > asked["budget"]:
             print(f"  the budget is spent; {len(asked['names']) - done} items are left for --resume", flush=True)
             return
+        before = used()
         item = _measure(cases[name], asked, column)
+        item["others"] = others_share(before, used())
         results.put(column, name, {**stamp, **item})
         print("  " + line(name, item), flush=True)
 
@@ -66,6 +68,8 @@ def line(name: str, item: dict[str, Any]) -> str:
     words = [f"{1e3 * mine:.3g} ms", *(f"{who} {theirs / mine:.2f}" for who, theirs in seconds.items())]
     if "share" in item:
         words.append(f"{item['share']:.0%} of the {item['bound']}")
+    if disturbed(item):
+        words.append(f"disturbed: others used {item['others']:.0%} of the cores")
     return f"{name}: {', '.join(words)}"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -36,6 +37,28 @@ def machine() -> dict[str, object]:
 def moment() -> dict[str, object]:
     """What may differ from run to run: the instruction sets in use, and the commit."""
     return {"isa": native.isa(), "torch_isa": torch.backends.cpu.get_cpu_capability(), "commit": commit()}
+
+
+def others_share(before: tuple[float, float, float], after: tuple[float, float, float]) -> float:
+    """Share of all cores' time that went to other processes (or other machines) between two `used()`.
+
+    Example:
+        >>> others_share((10.0, 5.0, 3.0), (18.0, 9.0, 6.0))  # 4 of 8 seconds in use, 3 of them by us
+        0.125
+    """
+    spent, busy, own = (later - earlier for earlier, later in zip(before, after, strict=True))
+    return max(0.0, busy - own) / spent if spent > 0 else 0.0
+
+
+def used() -> tuple[float, float, float]:
+    """Seconds of all cores so far: in all, those in use, those used by this process; zeros where none are counted."""
+    counts = Path("/proc/stat")
+    if not counts.exists():
+        return 0.0, 0.0, 0.0
+    ticks = [int(number) for number in counts.read_text("ascii").split("\n", 1)[0].split()[1:9]]
+    per_second = os.sysconf("SC_CLK_TCK")
+    total, idle = sum(ticks), ticks[3] + ticks[4]
+    return total / per_second, (total - idle) / per_second, time.process_time()
 
 
 def version(name: str) -> str | None:

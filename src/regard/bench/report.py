@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regard.bench.model import model_cases
-from regard.bench.results import write
+from regard.bench.results import DISTURBED, disturbed, write
 from regard.bench.rows import CLASSES, ROWS, Row, class_of, sweep_cases, table_cases
 
 if TYPE_CHECKING:
@@ -237,8 +237,10 @@ def taken(machine: Mapping[str, Any], columns: Mapping[str, Items]) -> str:
             commits = sorted({str(item["commit"]) for item in items.values() if item.get("commit")})
             torch_isa = "/".join(sorted({str(item["torch_isa"]) for item in items.values()}))
             quick = " (some of them quick)" if any(item["quick"] for item in items.values()) else ""
+            noisy = sum(disturbed(dict(item)) for item in items.values())
+            noise = f" ({noisy} of them while other processes used over {DISTURBED:.0%} of the cores)" if noisy else ""
             lines.append(
-                f"- column {column}: regard on {_isa(items)}, PyTorch on {torch_isa}; {len(items)} items{quick}, "
+                f"- column {column}: regard on {_isa(items)}, PyTorch on {torch_isa}; {len(items)} items{quick}{noise}, "
                 f"{when[0][:16]} to {when[-1][:16]} UTC, commit {', '.join(commits) or 'unknown'}."
             )
     return "\n".join(lines)

@@ -6,7 +6,8 @@ Floor 0: knows nothing of attention.
 
 A column is an instruction set that everything was held to, or "best". An item says when it was taken, at which commit
 and on which instruction sets ("taken", "commit", "isa", "torch_isa"), and holds "seconds" (a contender: median, low,
-high, best, samples), "absent" (a contender: why), "ceilings", and what else its kind has; or "skipped", a reason.
+high, best, samples), "absent" (a contender: why), "ceilings", "others" (share of the
+cores that other processes used meanwhile), and what else its kind has; or "skipped", a reason.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
+DISTURBED = 0.1  # share of all cores
 _MOST_BYTES = 1 << 26
 _TIMING = ("median", "low", "high", "best", "samples")
 _ITEM = {"taken": str, "isa": str, "torch_isa": str, "quick": bool, "seconds": dict}
@@ -67,6 +69,16 @@ class Results:
         self.columns.setdefault(column, {})[name] = check_item(name, stamped)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write(self.file, json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def disturbed(item: dict[str, Any]) -> bool:
+    """Whether other processes used more of the cores than a measurement bears.
+
+    Example:
+        >>> disturbed({"others": 0.02}), disturbed({"others": 0.3})
+        (False, True)
+    """
+    return item.get("others", 0.0) > DISTURBED
 
 
 def write(file: Path, text: str) -> None:

@@ -21,7 +21,7 @@ import torch
 from regard.bench import held
 from regard.bench.machine import machine
 from regard.bench.model import model_cases
-from regard.bench.results import Results
+from regard.bench.results import Results, disturbed
 from regard.bench.rows import sweep_cases, table_cases
 
 Say = Callable[[str], None]
@@ -35,7 +35,7 @@ class Options:
         only: words or patterns (`*`, `?`) of which an item's name must hold one; empty: every item.
         columns: "best", or instruction sets that all libraries are held to.
         quick: a minute's version: fewer lengths, shorter samples, no libraries but PyTorch, no model.
-        resume: leave out what the file holds already.
+        resume: leave out what the file holds already; what other processes disturbed is measured again, last.
         budget: seconds after which a column begins no further item; None: no end.
         seconds: for all samples of one item; each contender gets three samples at least.
         longest: a call of a sweep that would take longer than these seconds is left out.
@@ -103,6 +103,8 @@ def bench(options: Options, file: Path | None = None, say: Say = print) -> Resul
         for column in options.columns:
             known = Results(target, machine())
             left = [name for name in wanted if not (options.resume and known.has(column, name))]
+            if options.resume:
+                left += [name for name in wanted if name not in left and disturbed(known.columns[column][name])]
             say(f"[{column}] {len(left)} items to measure, {len(wanted) - len(left)} kept")
             if left:
                 _column(column, left, options, target, say)
