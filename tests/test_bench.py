@@ -241,7 +241,8 @@ def test_the_best_column_changes_nothing():
     assert held.environment("best", {"ATEN_CPU_CAPABILITY": "avx2"}) == {"ATEN_CPU_CAPABILITY": "avx2"}
 
 
-def test_columns_join_in_one_file_and_resume(tmp_path, native):
+def test_columns_join_in_one_file_and_resume(tmp_path, native, monkeypatch):
+    monkeypatch.setattr("regard.bench.run.disturbed", lambda item: item["others"] == 9)
     file, said = tmp_path / "bench.json", []
     options = Options(only=("causal forward float32 512",), quick=True, seconds=0.05, columns=("best", "portable"))
     found = bench(options, file, said.append)
@@ -257,7 +258,12 @@ def test_columns_join_in_one_file_and_resume(tmp_path, native):
     bench(more, file, said.append)
     assert "[best] 1 items to measure, 1 kept" in said
     assert set(read(file)["columns"]["best"]) == {name, "dense statistics float32 2048 x 64"}
-    assert json.loads(before)["columns"]["best"][name] == read(file)["columns"]["best"][name]
+    held = read(file)
+    assert json.loads(before)["columns"]["best"][name] == held["columns"]["best"][name]
+    held["columns"]["best"][name]["others"] = 9
+    file.write_text(json.dumps(held))
+    bench(more, file, said.append)  # what was disturbed is measured again
+    assert read(file)["columns"]["best"][name]["others"] < 9
 
 
 def test_a_spent_budget_leaves_the_rest(tmp_path, native):

@@ -240,8 +240,9 @@ def taken(machine: Mapping[str, Any], columns: Mapping[str, Items]) -> str:
             noisy = sum(disturbed(dict(item)) for item in items.values())
             noise = f" ({noisy} of them while other processes used over {DISTURBED:.0%} of the cores)" if noisy else ""
             lines.append(
-                f"- column {column}: regard on {_isa(items)}, PyTorch on {torch_isa}; {len(items)} items{quick}{noise}, "
-                f"{when[0][:16]} to {when[-1][:16]} UTC, commit {', '.join(commits) or 'unknown'}."
+                f"- column {column}: regard on {_isa(items)}, PyTorch on {torch_isa}; "
+                f"{len(items)} items{quick}{noise}, {when[0][:16]} to {when[-1][:16]} UTC, "
+                f"commit {', '.join(commits) or 'unknown'}."
             )
     return "\n".join(lines)
 
