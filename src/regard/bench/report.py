@@ -51,7 +51,8 @@ class Grid:
 
 
 def asked_table(columns: Mapping[str, Items]) -> Grid:
-    """The figures asked of regard: reached / asked in each column. † falls short, * rests on a part of its cases."""
+    """The figures asked of regard: reached / asked in each column. † falls short, * rests on a part of its cases,
+    ~ on one that other processes disturbed."""
     kinds = {column: class_of(_isa(items)) for column, items in columns.items()}
     rows = []
     for row in ROWS:
@@ -60,7 +61,9 @@ def asked_table(columns: Mapping[str, Items]) -> Grid:
             rows.append([row.title, *cells])
     heads = ["reached / asked", *(_head(column, columns[column], kinds[column]) for column in columns)]
     return Grid(
-        "Figures asked for: ratio to PyTorch's scaled_dot_product_attention unless said († falls short)", heads, rows
+        "Figures asked for: ratio to PyTorch's scaled_dot_product_attention unless said († falls short, * not all cases yet, ~ disturbed)",
+        heads,
+        rows,
     )
 
 
@@ -79,6 +82,7 @@ def _against(row: Row, items: Items, kind: int | None) -> str:
         return _NONE
     asked = None if kind is None else row.asked[kind]
     mark = "" if row.whole(items) else "*"
+    mark += "~" if any(disturbed(dict(items[case.name])) for case in row.cases if case.name in items) else ""
     mark += "†" if asked is not None and not row.met(reached, asked) else ""
     return f"{_number(row, reached)}{mark} / {_NONE if asked is None else _number(row, asked)}"
 
@@ -113,7 +117,7 @@ def case_table(column: str, items: Items) -> Grid:
         best = min(seconds, key=lambda who: seconds[who], default=None)
         rows.append(
             [
-                case.name, _time(mine), _ratio(seconds.get("torch"), mine),
+                case.name + (" ~" if disturbed(dict(item)) else ""), _time(mine), _ratio(seconds.get("torch"), mine),
                 _NONE if best is None else f"{_ratio(seconds[best], mine)} {best}",
                 f"{(timing['high'] - timing['low']) / mine:.0%}", f"{item['share']:.0%} {item['bound']}",
             ]
