@@ -61,7 +61,7 @@ def asked_table(columns: Mapping[str, Items]) -> Grid:
             rows.append([row.title, *cells])
     heads = ["reached / asked", *(_head(column, columns[column], kinds[column]) for column in columns)]
     return Grid(
-        "Figures asked for: ratio to PyTorch's scaled_dot_product_attention unless said († falls short, * not all cases yet, ~ disturbed)",
+        "Figures asked for: ratio to PyTorch's own unless said († falls short, * not all cases yet, ~ disturbed)",
         heads,
         rows,
     )
