@@ -52,9 +52,9 @@ test: setup-dev
 	@browser=$$(bash .ci/chromium); $(NODE); \
 	REGARD_REQUIRE_NATIVE=1 REGARD_REQUIRE_BROWSER=$${browser:+1} REGARD_CHROMIUM=$$browser $(BIN)/python -m pytest $(ARGS)
 
-bench: setup-dev
-	@mkdir -p benchmarks/results
-	@$(BIN)/python benchmarks/bench_engine.py --json benchmarks/results/engine.json $(ARGS)
+bench: setup $(STAMPS)/bench
+	@$(BIN)/regard bench --isa all --json benchmarks/results/bench.json --markdown benchmarks/RESULTS.md \
+	    --plot benchmarks/lengths.svg $(ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff check .
@@ -117,6 +117,10 @@ $(STAMPS)/look: $(STAMPS)/build pyproject.toml
 
 $(STAMPS)/dev: $(STAMPS)/look
 	$(call install,dev)
+	@touch $@
+
+$(STAMPS)/bench: $(STAMPS)/look
+	$(call install,bench)
 	@touch $@
 
 $(STAMPS)/web: $(STAMPS)/dev web/package.json web/package-lock.json

@@ -25,7 +25,7 @@ TOPS = {
 # Folders that are listed by one line: what they hold follows what the other folders hold.
 FOLDERS = {
     "tests/": "tests mirror src/regard; a test's name is a sentence",
-    "benchmarks/": "medians and ratios as a table and JSON; never part of the tests",
+    "benchmarks/": "what `make bench` measured, on which machine, and cost against length as a picture",
     "docs/": "the picture above, and the script that brings this tree and the help below up to date",
     "src/regard/lens/page/": "the built page, committed: one HTML file, and the drawing code for --save",
 }

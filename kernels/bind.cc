@@ -27,13 +27,15 @@
     void additive_forward(const AdditiveCall&);                   \
     void additive_backward(const AdditiveBackwardCall&);          \
     void dropout(u64, i64, i64, i64, i64, double, std::uint8_t*); \
+    i64 ceiling(const CeilingCall&);                              \
     }
 // `plain` is the target whose kernels serve where this one has nothing of its own to add.
 #define REGARD_TARGET_OVER(target, plain)                                                                        \
     Target {                                                                                                     \
         #target, regard::target::forward, regard::target::stats, regard::target::tile, regard::target::backward, \
             regard::target::backward_memory, regard::target::dropout, regard::plain::linear_forward,             \
-            regard::plain::linear_backward, regard::plain::additive_forward, regard::plain::additive_backward    \
+            regard::plain::linear_backward, regard::plain::additive_forward, regard::plain::additive_backward,   \
+            regard::target::ceiling                                                                              \
     }
 #define REGARD_TARGET_OF(target) REGARD_TARGET_OVER(target, target)
 
@@ -145,6 +147,16 @@ NB_MODULE(_kernels, module) {
         return names;
     });
     module.def("use_openmp", &use_openmp, "address"_a);
+
+    module.def(
+        "ceiling",
+        [](int isa, int kind, i64 rounds, i64 from, i64 to, i64 bytes, int threads) {
+            const CeilingCall call{kind,  rounds, reinterpret_cast<const void*>(from), reinterpret_cast<void*>(to),
+                                   bytes, threads};
+            nb::gil_scoped_release release;
+            return target(isa).ceiling(call);
+        },
+        "isa"_a, "kind"_a, "rounds"_a, "from"_a, "to"_a, "bytes"_a, "threads"_a);
 
     module.def(
         "forward",

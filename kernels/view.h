@@ -143,6 +143,18 @@ struct AdditiveBackwardCall {
     i64 part_keys;          // keys of one part: a multiple of a tile
 };
 
+// What the processor can do at best. Tile registers have a number of their own, for a target that has them.
+enum CeilingKind : int { kFloat32Peak = 0, kFloat64Peak = 1, kPairsPeak = 2, kTilesPeak = 3, kRead = 4, kCopy = 5 };
+
+struct CeilingCall {
+    int kind;
+    i64 rounds;        // of a peak
+    const void* from;  // `bytes` of them, a multiple of 4
+    void* to;          // copy: as many; read: one float for each 4 MiB
+    i64 bytes;
+    int threads;
+};
+
 // One compiled copy of the kernels.
 struct Target {
     const char* name;
@@ -156,6 +168,7 @@ struct Target {
     void (*linear_backward)(const LinearBackwardCall&);
     void (*additive_forward)(const AdditiveCall&);
     void (*additive_backward)(const AdditiveBackwardCall&);
+    i64 (*ceiling)(const CeilingCall&);
 };
 
 }  // namespace regard

@@ -1,7 +1,7 @@
-"""The command line: `regard look` shows what a model attends to.
+"""The command line: `regard look` shows what a model attends to, `regard bench` how fast attention is here.
 
-Enters: a text, the name of a model, what to look for.
-Leaves: a coloured table in the terminal, and the page in a browser or in a file.
+Enters: a text, the name of a model, what to look for; what to measure.
+Leaves: coloured tables in the terminal, and the page in a browser or in a file.
 A refusal is one sentence and status 1.
 Top floor: thin; everything heavy is imported when it is used."""
 
@@ -94,6 +94,66 @@ def look(
         _look(console, text, model, layer, head, find, target, save, port, no_browser)
     except (ImportError, OSError, ValueError) as refused:
         raise typer.Exit(_refused(refused)) from None
+
+
+@app.command()
+def bench(
+    only: Annotated[
+        list[str] | None, typer.Argument(help="Words or patterns; items whose names hold one of them are measured.")
+    ] = None,
+    isa: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Hold every library to this instruction set (avx512, avx2); best: hold none; all: best, and each of "
+            "avx512 and avx2 that there is. May be given again.  [default: best]"
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A minute's version: PyTorch only, fewer lengths.")] = False,
+    file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Keep the results in this file, joined with those in it.", metavar="FILE"),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Leave out what the file holds already, undisturbed.")
+    ] = False,
+    budget: Annotated[
+        float | None, typer.Option(help="Begin no further item after these seconds; --resume goes on.")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Fill the part between the markers of this document.", metavar="FILE")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw cost against length into this .svg file.", metavar="FILE")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Time for one item.")] = 4.0,
+    threads: Annotated[int | None, typer.Option(help="Threads of every library; default PyTorch's.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="List the items and leave.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Measure nothing: show what the file holds.")] = False,
+) -> None:
+    """Measure attention on this machine, beside PyTorch and others, against the machine's own ceilings."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    try:
+        from regard.bench.command import Wanted, run
+
+        wanted = Wanted(
+            tuple(only or ()),
+            tuple(isa or ()),
+            quick,
+            file,
+            resume,
+            budget,
+            markdown,
+            plot,
+            seconds,
+            threads,
+            listed,
+            show,
+        )
+        run(console, wanted)
+    except (ImportError, OSError, RuntimeError, ValueError) as refused:
+        raise typer.Exit(_refused(refused, "bench")) from None
 
 
 def _look(
@@ -215,13 +275,13 @@ def _has_browser() -> bool:
     return sys.platform == "darwin" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
 
 
-def _refused(refused: Exception) -> int:
+def _refused(refused: Exception, extra: str = "look") -> int:
     """Say on standard error, in one sentence, what was wrong; the exit status."""
     from rich.console import Console
     from rich.markup import escape
 
     if isinstance(refused, ModuleNotFoundError):
-        message = f"{refused.name} must be installed; found none. Run: pip install 'regard[look]'."
+        message = f"{refused.name} must be installed; found none. Run: pip install 'regard[{extra}]'."
     else:
         message = str(refused)
     Console(stderr=True, highlight=False).print(f"[bold red]error[/] {escape(message)}", soft_wrap=True)
