@@ -5,9 +5,28 @@ Leaves: logits, losses, generated text; folders that `from_pretrained` opens; th
 Floor 5: above the layers. Models know nothing of the lens.
 """
 
+from regard.models.bert import BERT
+from regard.models.classifier import Classifier, ViT
+from regard.models.convert import from_huggingface, to_huggingface
+from regard.models.embeddings import Columns, Frames, Nodes, Patches, Points
 from regard.models.gpt import GPT
 from regard.models.recurrent import RecurrentSeq2Seq
 from regard.models.seq2seq import Seq2Seq
 from regard.models.transformer import Transformer
 
-__all__ = ["GPT", "RecurrentSeq2Seq", "Seq2Seq", "Transformer"]
+__all__ = [
+    "BERT",
+    "GPT",
+    "Classifier",
+    "Columns",
+    "Frames",
+    "Nodes",
+    "Patches",
+    "Points",
+    "RecurrentSeq2Seq",
+    "Seq2Seq",
+    "Transformer",
+    "ViT",
+    "from_huggingface",
+    "to_huggingface",
+]

@@ -7,12 +7,15 @@ Floor 5.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from regard import masks
+from regard.mask_algebra import Mask
+from regard.models.embeddings import DOMAINS
 from regard.models.pretrained import Pretrained, as_config
 from regard.models.transformer import Shape, Transformer, check_tokens
 from regard.nn import Packing, beam_search, generate
@@ -75,10 +78,12 @@ class Seq2Seq(EncoderDecoder):
     p(y_i | y_<i, x) = softmax(W Decoder(E_t y_<i, Encoder(E_s x))_i + b)
 
     Args:
-        vocab_size: how many source tokens there are.
+        vocab_size: how many source tokens there are; 0 where the source is no text.
         target_vocab_size: how many target tokens. Default None: both sides share vocabulary and table.
         start_token: begins every target. Default 1.
         end_token: ends it. Default 2.
+        domain: what the source is: "tokens", or "frames" or "patches" of `regard.models.embeddings`. Default "tokens".
+        options: the arguments of that embedding, but dim. Default {}.
         decoder_layers: blocks of the decoder. Default num_layers.
         embedding_scale: factor of embeddings. Default √dim, as in 2017.
         embedding_norm: whether embeddings with positions go through a norm, as in BART. Default False.
@@ -101,6 +106,8 @@ class Seq2Seq(EncoderDecoder):
         *,
         start_token: int = 1,
         end_token: int = 2,
+        domain: str = "tokens",
+        options: Mapping[str, Any] | None = None,
         decoder_layers: int | None = None,
         embedding_scale: float | None = None,
         embedding_norm: bool = False,
@@ -111,7 +118,8 @@ class Seq2Seq(EncoderDecoder):
         shape.setdefault("positions", "sinusoidal")
         own = {
             "vocab_size": vocab_size, "target_vocab_size": target_vocab_size, "start_token": start_token,
-            "end_token": end_token, "decoder_layers": decoder_layers, "embedding_scale": embedding_scale,
+            "end_token": end_token, "domain": domain, "options": dict(options or {}),
+            "decoder_layers": decoder_layers, "embedding_scale": embedding_scale,
             "embedding_norm": embedding_norm, "head_bias": head_bias,
         }  # fmt: skip
         self.config = as_config({**own, **shape})
@@ -126,7 +134,18 @@ class Seq2Seq(EncoderDecoder):
         self.encoder, self.decoder = Transformer(**shape), Transformer(**for_decoder, cross=True)
         dim = self.encoder.dim
         self.embedding_scale = dim**0.5 if embedding_scale is None else embedding_scale
-        self.source_embedding = nn.Embedding(vocab_size, dim)
+        if domain not in ("tokens", "frames", "patches"):
+            raise ValueError(f"{_NAME}: domain must be 'tokens', 'frames' or 'patches'; got {domain!r}. Choose one.")
+        if domain != "tokens" and target_vocab_size is None:
+            raise ValueError(
+                f"{_NAME}: target_vocab_size must be given where the source is no text; got None. Say how many tokens "
+                "the target has."
+            )
+        self.domain = domain
+        if domain == "tokens":
+            self.source_embedding = nn.Embedding(vocab_size, dim)
+        else:
+            self.source_embedding = DOMAINS[domain](dim, **(options or {}))
         self.target_embedding = None if target_vocab_size is None else nn.Embedding(target_vocab_size, dim)
         self.source_norm = nn.LayerNorm(dim) if embedding_norm else None
         self.target_norm = nn.LayerNorm(dim) if embedding_norm else None
@@ -140,25 +159,25 @@ class Seq2Seq(EncoderDecoder):
         """Logits of each target token, given those before it.
 
         Args:
-            source: int64 `(batch, seq_len_kv)`.
+            source: int64 `(batch, seq_len_kv)`; frames or images, where that is the domain.
             target: int64 `(batch, seq_len_q)`, without the start: it is put before, and the last is left out.
             source_lengths, target_lengths: int64 `(batch,)`, real tokens of each row. Default None: all.
 
         Returns:
             `(batch, seq_len_q, vocab_size)`; past a row's length they mean nothing.
         """
-        memory = self.encode(source, source_lengths)
+        memory, memory_mask = self.encode(source, source_lengths)
         mask = masks.causal()
         if target_lengths is not None:
             mask = mask & masks.padding(target_lengths)
         y = self.embed_target(self.shifted(target))
-        memory_mask = None if source_lengths is None else masks.padding(source_lengths)
         return self.logits(self.decoder(y, memory, mask=mask, memory_mask=memory_mask, embedded=True))
 
-    def encode(self, source: Tensor, source_lengths: Tensor | None = None) -> Tensor:
-        """What the decoder looks at, `(batch, seq_len_kv, dim)`."""
-        mask = None if source_lengths is None else masks.padding(source_lengths)
-        return self.encoder(self.embed_source(source), mask=mask, embedded=True)
+    def encode(self, source: Tensor, source_lengths: Tensor | None = None) -> tuple[Tensor, Mask | None]:
+        """What the decoder looks at, `(batch, seq_len_kv, dim)`, and the mask of its padding."""
+        x, lengths = self.embed_source(source, source_lengths)
+        mask = None if lengths is None else masks.padding(lengths)
+        return self.encoder(x, mask=mask, embedded=True), mask
 
     def loss(
         self, source: Tensor, target: Tensor, source_lengths: Tensor | None = None,
@@ -170,14 +189,9 @@ class Seq2Seq(EncoderDecoder):
             source, target, source_lengths, target_lengths: as in `forward`; target ends with `end_token`.
             label_smoothing: share of probability that the wanted token gives to all. Default 0.
         """
-        packings = []
-        for tokens, lengths in ((source, source_lengths), (target, target_lengths)):
-            if lengths is None:
-                lengths = tokens.new_full((len(tokens),), tokens.shape[1])
-            packings.append(Packing(lengths, tokens.shape[1]))
-        from_source, from_target = packings
-        x = self.embed_source(from_source.pack(source), from_source.positions)
-        memory = self.encoder(x, mask=from_source.mask(), embedded=True)
+        x, source_lengths = self.embed_source(source, source_lengths)
+        from_source, from_target = _packing(x, source_lengths), _packing(target, target_lengths)
+        memory = self.encoder(from_source.pack(x), mask=from_source.mask(), embedded=True)
         y = self.embed_target(from_target.pack(self.shifted(target)), from_target.positions)
         hidden = self.decoder(
             y, memory, mask=masks.causal() & from_target.mask(), memory_mask=from_target.mask_onto(from_source),
@@ -188,34 +202,45 @@ class Seq2Seq(EncoderDecoder):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`(..., dim)` → `(..., vocab_size)` by the target's table."""
-        return nn.functional.linear(hidden, (self.target_embedding or self.source_embedding).weight, self.head_bias)
+        return nn.functional.linear(hidden, self._target_table.weight, self.head_bias)
 
-    def embed_source(self, tokens: Tensor, positions: int | Tensor = 0) -> Tensor:
-        """Source embeddings with their positions, `(batch, seq_len, dim)`."""
-        check_tokens(_NAME, "source", tokens, self.vocab_size)
-        return self._embed(self.encoder, self.source_embedding, self.source_norm, tokens, positions)
+    def embed_source(self, source: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Source embeddings with their positions, `(batch, seq_len, dim)`, and how many of each row are real."""
+        if isinstance(self.source_embedding, nn.Embedding):
+            check_tokens(_NAME, "source", source, self.vocab_size)
+            x = self.source_embedding(source) * self.embedding_scale
+        else:
+            embedded = self.source_embedding(source) if lengths is None else self.source_embedding(source, lengths)
+            x, lengths = embedded.x, None if embedded.keep is None else embedded.keep.sum(1)
+        return self._placed(self.encoder, self.source_norm, x, 0), lengths
 
     def embed_target(self, tokens: Tensor, positions: int | Tensor = 0) -> Tensor:
         """Target embeddings with their positions, `(batch, seq_len, dim)`."""
         check_tokens(_NAME, "target", tokens, self.target_vocab_size)
-        table = self.target_embedding or self.source_embedding
-        return self._embed(self.decoder, table, self.target_norm, tokens, positions)
+        return self._placed(
+            self.decoder, self.target_norm, self._target_table(tokens) * self.embedding_scale, positions
+        )
 
     def decoding(self, source: Tensor, source_lengths: Tensor | None = None) -> _Decoding:
         """A target about to be written; arguments as in `forward`."""
         return _Decoding(self, source, source_lengths)
 
-    def _embed(
-        self, side: Transformer, table: nn.Embedding, norm: nn.Module | None, tokens: Tensor, positions: int | Tensor
-    ) -> Tensor:
-        x = side.positions.add(table(tokens) * self.embedding_scale, positions)
+    @property
+    def _target_table(self) -> nn.Embedding:
+        table = self.source_embedding if self.target_embedding is None else self.target_embedding
+        assert isinstance(table, nn.Embedding)
+        return table
+
+    def _placed(self, side: Transformer, norm: nn.Module | None, x: Tensor, positions: int | Tensor) -> Tensor:
+        x = side.positions.add(x, positions)
         return side.drop(x if norm is None else norm(x))
 
 
 class _Decoding:
     def __init__(self, model: Seq2Seq, source: Tensor, source_lengths: Tensor | None) -> None:
-        self.model, self.lengths = model, source_lengths
-        memory = model.encode(source, source_lengths)
+        self.model = model
+        memory, mask = model.encode(source, source_lengths)
+        self.lengths = None if mask is None else mask.lengths  # pyright: ignore[reportAttributeAccessIssue]
         self.memories = model.decoder.stack.project_memory(memory)  # pyright: ignore
         self.caches = model.decoder.caches()
 
@@ -234,13 +259,19 @@ class _Decoding:
             cache.select(rows)
 
 
+def _packing(x: Tensor, lengths: Tensor | None) -> Packing:
+    if lengths is None:
+        lengths = torch.full((len(x),), x.shape[1], dtype=torch.int64, device=x.device)
+    return Packing(lengths, x.shape[1])
+
+
 def start_weights(model: Seq2Seq) -> None:
     """Glorot's uniform weights, embeddings of deviation dim^−½, as in 2017; no biases.
 
     Source: Glorot and Bengio 2010, equation 16; Vaswani et al. 2017, section 3.4.
     """
     for name, parameter in model.named_parameters():
-        if "embedding" in name:
+        if name in ("source_embedding.weight", "target_embedding.weight"):
             nn.init.normal_(parameter, std=model.encoder.dim**-0.5)
-        elif parameter.ndim > 1 and "positions" not in name:
+        elif parameter.ndim == 2 and "positions" not in name:
             nn.init.xavier_uniform_(parameter)
