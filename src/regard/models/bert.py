@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from regard import masks
 from regard.models.pretrained import Pretrained, as_config, tied_logits
-from regard.models.transformer import Shape, Transformer, check_tokens, start
+from regard.models.transformer import Shape, Transformer, at_least_float32, check_tokens, start
 
 HEADS = ("masked", "classify", "tag", "span")
 _NAME = "BERT"
@@ -114,8 +114,8 @@ class BERT(Pretrained):
         hidden = self.hidden(tokens, lengths, types)
         if self.kind == "masked":
             asked = wanted != -100
-            return nn.functional.cross_entropy(self.logits(hidden[asked]).float(), wanted[asked])
-        logits = self.logits(hidden).float()
+            return nn.functional.cross_entropy(at_least_float32(self.logits(hidden[asked])), wanted[asked])
+        logits = at_least_float32(self.logits(hidden))
         if self.kind == "span":
             if lengths is not None and lengths.ndim == 1:
                 past = torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from regard.models.embeddings import DOMAINS, Embedded
 from regard.models.pretrained import Pretrained, as_config
-from regard.models.transformer import Shape, Transformer
+from regard.models.transformer import Shape, Transformer, at_least_float32
 
 POOLS = ("first", "mean", "each")
 
@@ -71,7 +71,7 @@ class Classifier(Pretrained):
 
     def loss(self, *inputs: Tensor, wanted: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Mean of −log p of the wanted classes, in nats; −100 is not counted."""
-        logits = self(*inputs).flatten(0, -2).float()
+        logits = at_least_float32(self(*inputs)).flatten(0, -2)
         return nn.functional.cross_entropy(logits, wanted.flatten(), label_smoothing=label_smoothing)
 
     def _pooled(self, x: Tensor, keep: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ from regard import masks
 from regard.cache import KVCache
 from regard.mask_algebra import Mask
 from regard.models.pretrained import Pretrained, as_config
-from regard.models.transformer import Shape, Transformer, check_tokens, start
+from regard.models.transformer import Shape, Transformer, at_least_float32, check_tokens, start
 from regard.nn import generate
 from regard.nn.generate import Generated
 
@@ -108,7 +108,7 @@ class GPT(Pretrained):
         read, wanted = tokens[:, :-1], tokens[:, 1:]
         hidden = self.hidden(read.clamp(min=0) if ignore < 0 else read, mask=mask)
         return nn.functional.cross_entropy(
-            self.logits(hidden).flatten(0, 1).float(), wanted.flatten(), ignore_index=ignore
+            at_least_float32(self.logits(hidden)).flatten(0, 1), wanted.flatten(), ignore_index=ignore
         )
 
     def decoding(self, padding: Tensor | None = None) -> _Decoding:

@@ -17,7 +17,7 @@ from regard.attention import attention
 from regard.mask_algebra import Mask
 from regard.models.pretrained import as_config
 from regard.models.seq2seq import EncoderDecoder
-from regard.models.transformer import check_tokens
+from regard.models.transformer import at_least_float32, check_tokens
 
 CELLS = {"gru": nn.GRU, "lstm": nn.LSTM}
 ATTENTIONS = ("none", "bahdanau", "luong")
@@ -125,7 +125,7 @@ class RecurrentSeq2Seq(EncoderDecoder):
         if target_lengths is not None:
             real = torch.arange(target.shape[1], device=target.device) < target_lengths[:, None]
             hidden, target = hidden[real], target[real]
-        logits = self.head(hidden).flatten(0, -2).float()
+        logits = at_least_float32(self.head(hidden)).flatten(0, -2)
         return nn.functional.cross_entropy(logits, target.flatten(), label_smoothing=label_smoothing)
 
     @torch.no_grad()
@@ -199,10 +199,12 @@ class _Memory:
 
     def attend(self, states: Tensor, values: Tensor | None = None) -> Tensor:
         """What decoder states `(batch, n, hidden)` look at: `(batch, n, width of values)`."""
-        q, v = self.model.query(states), self.values if values is None else values
+        q = self.model.query(states)
+        # autocast narrows the query alone: recurrent networks stay as they are
+        k, v = self.keys.to(q.dtype), (self.values if values is None else values).to(q.dtype)
         if self.model.kind == "bahdanau":
-            return additive_attention(q, self.keys, v, self.model.score_weight, mask=self.mask)
-        return attention(q[:, None], self.keys[:, None], v[:, None], mask=self.mask, scale=1.0)[:, 0]
+            return additive_attention(q, k, v, self.model.score_weight.to(q.dtype), mask=self.mask)
+        return attention(q[:, None], k[:, None], v[:, None], mask=self.mask, scale=1.0)[:, 0]
 
 
 class _Decoding:

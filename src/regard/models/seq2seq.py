@@ -17,7 +17,7 @@ from regard import masks
 from regard.mask_algebra import Mask
 from regard.models.embeddings import DOMAINS
 from regard.models.pretrained import Pretrained, as_config
-from regard.models.transformer import Shape, Transformer, check_tokens
+from regard.models.transformer import Shape, Transformer, at_least_float32, check_tokens
 from regard.nn import Packing, beam_search, generate
 from regard.nn.beam import Beams
 from regard.nn.generate import Decoding, Generated
@@ -45,12 +45,12 @@ class EncoderDecoder(Pretrained):
         """Write a target for each source.
 
         Args:
-            source: int64 `(batch, seq_len)`.
-            source_lengths: int64 `(batch,)`, real tokens of each row. Default None: all.
+            source: what the encoder reads, as `forward` takes it.
+            source_lengths: int64 `(batch,)`, how much of each row is real. Default None: all.
             max_new_tokens: most tokens of a target, the end included.
             named: as in `regard.nn.generate`: temperature, top_k, top_p, generator.
         """
-        first = source.new_full((len(source), 1), self.start_token)
+        first = torch.full((len(source), 1), self.start_token, device=source.device)
         return generate(
             self.decoding(source, source_lengths), first, max_new_tokens=max_new_tokens, end=self.end_token, **named
         )
@@ -61,7 +61,7 @@ class EncoderDecoder(Pretrained):
         length_penalty: float = 1.0,
     ) -> Beams:  # fmt: skip
         """The best targets for each source, as in `regard.nn.beam_search`."""
-        first = source.new_full((len(source), 1), self.start_token)
+        first = torch.full((len(source), 1), self.start_token, device=source.device)
         return beam_search(
             self.decoding(source, source_lengths), first, num_beams=num_beams, max_new_tokens=max_new_tokens,
             end=self.end_token, length_penalty=length_penalty,
@@ -197,8 +197,8 @@ class Seq2Seq(EncoderDecoder):
             y, memory, mask=masks.causal() & from_target.mask(), memory_mask=from_target.mask_onto(from_source),
             embedded=True,
         )  # fmt: skip
-        logits = self.logits(hidden)[0].float()
-        return nn.functional.cross_entropy(logits, from_target.pack(target)[0], label_smoothing=label_smoothing)
+        logits, wanted = at_least_float32(self.logits(hidden))[0], from_target.pack_wanted(target)[0]
+        return nn.functional.cross_entropy(logits, wanted, label_smoothing=label_smoothing)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`(..., dim)` → `(..., vocab_size)` by the target's table."""
@@ -262,7 +262,7 @@ class _Decoding:
 def _packing(x: Tensor, lengths: Tensor | None) -> Packing:
     if lengths is None:
         lengths = torch.full((len(x),), x.shape[1], dtype=torch.int64, device=x.device)
-    return Packing(lengths, x.shape[1])
+    return Packing(lengths, x.shape[1], multiple=64)
 
 
 def start_weights(model: Seq2Seq) -> None:

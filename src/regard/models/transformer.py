@@ -249,6 +249,11 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Logits for a loss: half types lose too much in its sum."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
 def check_tokens(caller: str, name: str, tokens: Tensor, vocab_size: int) -> None:
     """Refuse what is no batch of token numbers of the vocabulary."""
     if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):

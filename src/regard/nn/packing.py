@@ -8,9 +8,9 @@ Floor 5. Exact: masked means absent, so a packed row gives what the padded batch
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from regard import masks
+from regard import check, masks
 from regard.mask_algebra import Mask
 
 
@@ -20,6 +20,8 @@ class Packing:
     Args:
         lengths: int64 `(batch,)`, real tokens of each row.
         seq_len: length of the padded rows.
+        multiple: the row is filled up to a multiple of so many with stand-ins, a sentence of their own. In bfloat16 on
+            a CPU each new length of a matrix product is compiled first: lengths that come again save that. Default 1.
 
     Raises:
         ValueError: where a length is negative or above seq_len.
@@ -38,7 +40,7 @@ class Packing:
     Source: Krell et al. 2021, section 3.2.
     """
 
-    def __init__(self, lengths: Tensor, seq_len: int) -> None:
+    def __init__(self, lengths: Tensor, seq_len: int, *, multiple: int = 1) -> None:
         if lengths.ndim != 1 or (lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= seq_len):
             raise ValueError(
                 f"Packing: lengths must be (batch,), each from 0 to seq_len = {seq_len}; got {tuple(lengths.shape)} "
@@ -46,18 +48,26 @@ class Packing:
             )
         index = torch.arange(seq_len, device=lengths.device)
         self.keep = index < lengths[:, None]  # (batch, seq_len)
-        self.where = self.keep.flatten().nonzero()[:, 0]  # (total,), in the flattened batch
-        self.ids = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)[None]
-        self.positions = index.expand_as(self.keep).flatten()[self.where][None]  # (1, total)
+        where = self.keep.flatten().nonzero()[:, 0]  # in the flattened batch
+        ids = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        self.total = len(where)
+        more = (0, -self.total % check.count("Packing", "multiple", multiple, 1))
+        self.where = nn.functional.pad(where, more)  # a stand-in is a copy of the batch's first token
+        self.ids = nn.functional.pad(ids, more, value=-1)[None]
+        self.positions = (self.where % max(seq_len, 1))[None]
 
     def pack(self, x: Tensor) -> Tensor:
         """`(batch, seq_len, ...)` → `(1, total, ...)`."""
         return x.flatten(0, 1).index_select(0, self.where)[None]
 
+    def pack_wanted(self, labels: Tensor, ignore: int = -100) -> Tensor:
+        """Labels `(batch, seq_len)` → `(1, total)`, `ignore` for stand-ins."""
+        return self.pack(labels).masked_fill(self.ids < 0, ignore)
+
     def unpack(self, x: Tensor) -> Tensor:
         """`(1, total, ...)` → `(batch, seq_len, ...)`, zeros where there was padding."""
         padded = x.new_zeros(self.keep.numel(), *x.shape[2:])
-        return padded.index_copy(0, self.where, x[0]).unflatten(0, self.keep.shape)
+        return padded.index_copy(0, self.where[: self.total], x[0, : self.total]).unflatten(0, self.keep.shape)
 
     def mask(self) -> Mask:
         """A token sees those of its own sentence."""
