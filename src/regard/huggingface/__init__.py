@@ -7,10 +7,10 @@ Floor 5: the one door between regard and transformers, above the public function
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from regard.huggingface.calls import Call, observe
 from regard.huggingface.families import guard, prepare
 from regard.huggingface.routed_mask import regard_mask
 from regard.huggingface.routing import regard_attention
+from regard.observe import Call, observe
 
 __all__ = ["Call", "observe", "prepare"]
 

@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 
 from regard import masks
 from regard.huggingface.arguments import EAGER
-from regard.huggingface.calls import learn_names
 from regard.huggingface.routed_mask import RoutedMask
 from regard.huggingface.routing import regard_attention
+from regard.observe import learn_names
 
 _ROUTED = "ALL_ATTENTION_FUNCTIONS.get_interface("
 

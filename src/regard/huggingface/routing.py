@@ -26,8 +26,8 @@ from regard.huggingface.arguments import (
     who,
     without_mask,
 )
-from regard.huggingface.calls import Call, is_cross, layer_index, name_of, observers
 from regard.mask_algebra import Mask
+from regard.observe import Call, is_cross, layer_index, name_of, observers
 from regard.positions import Frame
 
 # Names that change a result and that regard cannot honour: better an error than another model's answer.

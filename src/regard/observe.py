@@ -1,8 +1,9 @@
 """Watching the attention calls of a model.
 
 Enters: a callback, and a model whose modules have names.
-Leaves: a `Call` for every attention call that regard computes while `observe` lasts.
-Floor 5.
+Leaves: a `Call` for every attention call that a layer makes while `observe` lasts: those of `regard.nn`, and those of
+transformers' models.
+Floor 1.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from regard.mask_algebra import Mask
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One routed attention call, as `observe` reports it.
+    """One attention call of a layer, as `observe` reports it.
 
     q `(batch, num_heads, seq_len_q, head_dim)` is rotated; k and v `(batch, num_kv_heads, seq_len_kv, ...)` are not
     repeated; all tensors are detached. out `(batch, num_heads, seq_len_q, head_dim_v)`; lse float32 `(batch, num_heads,
@@ -44,8 +45,8 @@ class Call:
     sinks: Tensor | None
     scale: float
     softcap: float | None
-    query_offset: int
-    key_offset: int
+    query_offset: int | Tensor
+    key_offset: int | Tensor
     out: Tensor
     lse: Tensor
 
@@ -56,7 +57,7 @@ _names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 @contextmanager
 def observe(callback: Callable[[Call], None], model: nn.Module | None = None) -> Iterator[None]:
-    """Call `callback(Call)` after every routed attention call in this context; the forward keeps its bits.
+    """Call `callback(Call)` after every attention call of a layer in this context; the forward keeps its bits.
 
     Args:
         callback: receives one `Call` at a time.
