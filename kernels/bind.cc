@@ -26,6 +26,8 @@
     void linear_backward(const LinearBackwardCall&);              \
     void additive_forward(const AdditiveCall&);                   \
     void additive_backward(const AdditiveBackwardCall&);          \
+    void decode(const DecodeCall&);                               \
+    i64 decode_memory(const DecodeCall&);                         \
     void dropout(u64, i64, i64, i64, i64, double, std::uint8_t*); \
     i64 ceiling(const CeilingCall&);                              \
     }
@@ -35,7 +37,7 @@
         #target, regard::target::forward, regard::target::stats, regard::target::tile, regard::target::backward, \
             regard::target::backward_memory, regard::target::dropout, regard::plain::linear_forward,             \
             regard::plain::linear_backward, regard::plain::additive_forward, regard::plain::additive_backward,   \
-            regard::target::ceiling                                                                              \
+            regard::target::decode, regard::target::decode_memory, regard::target::ceiling                       \
     }
 #define REGARD_TARGET_OF(target) REGARD_TARGET_OVER(target, target)
 
@@ -178,6 +180,35 @@ NB_MODULE(_kernels, module) {
         },
         "isa"_a, "dtype"_a, "shape"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "bias"_a, "sinks"_a, "mask"_a, "scale"_a,
         "softcap"_a, "dropout"_a, "seed"_a, "first_row"_a, "threads"_a);
+
+    module.def(
+        "decode",
+        [](int isa, int dtype, ShapeArgument shape, ViewArgument q, ViewArgument k, ViewArgument v, ViewArgument out,
+           ViewArgument lse, BiasArgument bias, i64 sinks, MaskArgument mask, double scale, double softcap,
+           double dropout, u64 seed, bool coded, ViewArgument key_scales, ViewArgument value_scales, i64 pages,
+           i64 pages_of_row, i64 page_keys, i64 received, i64 part_keys, int threads) {
+            DecodeCall call{{scores(dtype, shape, q, k, bias, mask, scale, softcap), shape[6], view(v), view(out),
+                             view(lse), reinterpret_cast<const void*>(sinks), dropout, seed, 0, threads},
+                            coded,
+                            view(key_scales),
+                            view(value_scales),
+                            reinterpret_cast<const std::int32_t*>(pages),
+                            pages_of_row,
+                            page_keys,
+                            reinterpret_cast<void*>(received),
+                            part_keys,
+                            nullptr,
+                            nullptr};
+            nb::gil_scoped_release release;
+            const i64 bytes = (target(isa).decode_memory(call) + 63) / 64 * 64;
+            char* memory = kept(bytes + 8 * shape[0] * shape[2]);
+            call.memory = memory;
+            call.done = reinterpret_cast<i64*>(memory + bytes);
+            target(isa).decode(call);
+        },
+        "isa"_a, "dtype"_a, "shape"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "bias"_a, "sinks"_a, "mask"_a, "scale"_a,
+        "softcap"_a, "dropout"_a, "seed"_a, "coded"_a, "key_scales"_a, "value_scales"_a, "pages"_a, "pages_of_row"_a,
+        "page_keys"_a, "received"_a, "part_keys"_a, "threads"_a);
 
     module.def(
         "stats",

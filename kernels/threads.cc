@@ -108,6 +108,11 @@ struct Scratch {
 
 void use_openmp(u64 address) { gomp_parallel = reinterpret_cast<GompParallel>(address); }
 
+char* kept(i64 bytes) {
+    thread_local Scratch buffer;
+    return buffer.grow((bytes + 63) / 64 * 64);
+}
+
 void parallel(i64 tasks, int threads, i64 scratch_bytes, Body body, const void* context) {
     if (tasks <= 0) return;
     if (threads > tasks) threads = static_cast<int>(tasks);

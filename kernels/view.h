@@ -56,6 +56,21 @@ struct ForwardCall {
     int threads;
 };
 
+// A forward call of few queries. Keys and values may lie in pages: row j of batch row b is row j % page_keys of page
+// pages[b * pages_of_row + j / page_keys], and the views' batch stride is a page's. They may be int8, times a scale a
+// row.
+struct DecodeCall {
+    ForwardCall forward;
+    bool coded;                     // k and v are int8
+    View key_scales, value_scales;  // float32, one a row; no data: 1
+    const std::int32_t* pages;      // (batch, pages_of_row), or null
+    i64 pages_of_row, page_keys;    // page_keys: a multiple of a tile
+    void* received;                 // (batch, num_heads, seq_len_kv) as lse, for seq_len_q = 1, or null
+    i64 part_keys;                  // keys of one part: a multiple of a tile, decided by seq_len_kv alone
+    void* memory;                   // decode_memory(call) bytes
+    i64* done;                      // (batch, num_kv_heads)
+};
+
 // What attention did. Where `forward` has values, out and lse are written on the way, with the bits of the forward
 // pass; else lse is given. No dropout. Column sums are gathered per chunk of query rows, in double, so that no two
 // tasks write one number.
@@ -168,6 +183,8 @@ struct Target {
     void (*linear_backward)(const LinearBackwardCall&);
     void (*additive_forward)(const AdditiveCall&);
     void (*additive_backward)(const AdditiveBackwardCall&);
+    void (*decode)(const DecodeCall&);
+    i64 (*decode_memory)(const DecodeCall&);
     i64 (*ceiling)(const CeilingCall&);
 };
 

@@ -172,17 +172,20 @@ def attention_with_stats(
         "attention_with_stats", q, k, v, mask, bias, scale, softcap, sinks, dropout, query_offset, key_offset, cache,
         backend, wanted=wanted,
     )  # fmt: skip
+    weights = None
+    if received and call.native and op.weighs(call.q, call.num_kv_heads):
+        weights = call.q.new_empty(*call.q.shape[:2], call.seq_len_kv, dtype=_wide(call.q.dtype))
+        asked["received"] = False
     found: dict[str, Any] = {}
-    if wanted == "lse":
-        out, lse = _attended(call)
-    elif call.native:
+    if call.native and any(asked.values()) and weights is None and call.held is None:
         out, lse, found = op.attend_with_statistics(
             call.q, call.k, call.v, **call.terms, sinks=call.sinks, dropout=call.dropout, **asked
         )
     else:
-        out, lse = _attended(call)
-        exact = reference.statistics(call.q, call.k, reference.Terms(**call.terms, sinks=call.sinks), **asked)
-        found = {name: t if t is None or name == "top_keys" else t.to(lse.dtype) for name, t in exact.items()}
+        out, lse = _attended(call, weights)
+        found = _statistics(call.written_out(), lse, asked) if any(asked.values()) else {}
+    if weights is not None:
+        found["received"] = weights
     stats = AttentionStats(out, lse, *(found.get(name) for name in AttentionStats._fields[2:]))
     give = call.give
     return stats if give is None else AttentionStats._make(None if t is None else give(t) for t in stats)
@@ -331,13 +334,26 @@ def merge_attention(partials: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
     return (merged, lse) if give is None else (give(merged), give(lse))
 
 
-def _attended(call: Call) -> tuple[Tensor, Tensor]:
+def _statistics(call: Call, lse: Tensor, asked: dict[str, Any]) -> dict[str, Any]:
+    """Statistics of a call whose lse is known."""
     if call.native:
+        return op.statistics(call.q, call.k, lse.detach(), **call.terms, **asked)
+    exact = reference.statistics(call.q, call.k, reference.Terms(**call.terms, sinks=call.sinks), **asked)
+    return {name: t if t is None or name == "top_keys" else t.to(lse.dtype) for name, t in exact.items()}
+
+
+def _attended(call: Call, received: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    if call.native:
+        held = call.held
+        if held is not None and op.in_place(call.q, held, call.dropout, call.bias, call.diagonal, call.sinks):
+            return op.attend_held(call.q, held, **call.terms, sinks=call.sinks, received=received)
+        call = call.written_out()
         return op.attend(
             call.q, call.k, call.v, mask=call.mask, bias=call.bias, diagonal=call.diagonal, sinks=call.sinks,
             scale=call.scale, softcap=call.softcap, dropout=call.dropout, query_offset=call.query_offset,
-            key_offset=call.key_offset,
+            key_offset=call.key_offset, received=received,
         )  # fmt: skip
+    call = call.written_out()
     if call.backend == "flex":
         return lowering.flex(call.q, call.k, call.v, **call.terms, sinks=call.sinks)
     if call.backend == "sdpa":
@@ -366,7 +382,7 @@ def _lse_of_rows(call: Call, rows: range) -> Tensor:
     lse = op.attend(
         call.q[:, :, own], call.k, call.k[..., :1], mask=None if call.mask is None else call.mask.take_rows(rows),
         bias=bias, diagonal=diagonal, sinks=call.sinks, scale=call.scale, softcap=call.softcap, dropout=0.0,
-        query_offset=call.query_offset + rows.start, key_offset=call.key_offset,
+        query_offset=call.query_offset + rows.start, key_offset=call.key_offset, whole=seq_len_q,
     )[1]  # fmt: skip
     if len(rows) == seq_len_q:
         return lse

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from regard import arrays, check, lowering
 from regard.biases import Bias, as_bias
-from regard.cache import KVCache
+from regard.cache import KVCache, Taking
+from regard.held import Held, HeldRows
 from regard.mask_algebra import Mask
-from regard.masks import as_mask
+from regard.masks import as_mask, padding
+from regard.places import placed, placed_bias
 from regard.positions import Frame
 
 
@@ -51,6 +53,19 @@ class Call(NamedTuple):
     seq_len_kv: int
     backend: str
     give: arrays.Give | None
+    held: Held | None = None  # what a cache holds that is no plain tensor; k and v are then the new ones alone
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Number of key heads."""
+        return self.k.shape[1]
+
+    def written_out(self) -> Call:
+        """The call on plain tensors k and v."""
+        if self.held is None:
+            return self
+        k, v = self.held.written_out()
+        return self._replace(k=k, v=v, held=None)
 
     @property
     def native(self) -> bool:
@@ -89,7 +104,7 @@ def ready(
     dropout: Any,
     query_offset: Any,
     key_offset: Any,
-    cache: KVCache | None,
+    cache: KVCache | Taking | None,
     backend: str | None,
     *,
     append: bool = True,
@@ -110,14 +125,25 @@ def ready(
         dropout = check.dropout(caller, dropout)
     if backend is not None:
         check.backend(caller, backend)
+    held = k.held if isinstance(k, HeldRows) and isinstance(v, HeldRows) and k.held is v.held else None
+    parted, counts, lengths = 0, None, None
     if cache is not None:
-        query_offset, key_offset, seq_len_kv = _cached(caller, cache, k, v, query_offset, key_offset)
+        if isinstance(cache, Taking):
+            cache, counts = cache.cache, cache.counts
+        query_offset, key_offset, seq_len_kv = _cached(caller, cache, k, v, counts, query_offset, key_offset)
+        parted = cache.parted_after()
+        if isinstance(query_offset, Tensor):
+            lengths = query_offset + (seq_len_new if counts is None else counts)
     diagonal = None
     if mask is not None:
         if not isinstance(mask, Mask):
             mask = as_mask(arrays.tensor(caller, "mask", mask), caller)
         if (query_offset is None or cache is not None) and mask.needs_query_positions():
             check.positions_known(caller, "mask", seq_len_q, seq_len_new)
+        if parted:
+            mask = placed(mask, parted)
+    if lengths is not None:  # a row's own keys, and no more
+        mask = padding(lengths) if mask is None else mask & padding(lengths)
     if bias is not None:
         bias = as_bias(arrays.tensor(caller, "bias", bias), caller, q.dtype)
         if (query_offset is None or cache is not None) and bias.needs_query_positions():
@@ -135,16 +161,21 @@ def ready(
             else:
                 lowering.validate(caller, mask, frame, q.device)
         if bias is not None:
+            if parted:
+                bias = placed_bias(bias, parted)
             bias, diagonal = _resolved(caller, bias, frame, q)
     call = Call(
         q, k, v, mask, bias, diagonal, sinks, scale, softcap, dropout, query_offset, key_offset, seq_len_kv,
-        backend or "native", give,
+        backend or "native", give, held,
     )  # fmt: skip
     if call.backend in ("flex", "sdpa") or not q.is_cpu:
         call = call._replace(backend=_chosen(caller, call, backend, wanted))
+    if cache.coded if cache is not None else held is not None and held.key_scales is not None:
+        _refuse_gradient(caller, call)
     if cache is not None and append:
-        k, v = cache.append(k, v)
-        call = call._replace(k=k, v=v)
+        cache.take_in(k, v, counts)
+        held = cache.held()
+        call = call._replace(k=held.keys, v=held.values) if held.plain else call._replace(held=held)
     return call
 
 
@@ -195,8 +226,8 @@ def _resolved(caller: str, bias: Bias, frame: Frame, q: Tensor) -> tuple[Tensor 
 
 
 def _cached(
-    caller: str, cache: object, k: Tensor, v: Tensor, query_offset: object, key_offset: object
-) -> tuple[int, int, int]:
+    caller: str, cache: object, k: Tensor, v: Tensor, counts: Tensor | None, query_offset: object, key_offset: object
+) -> tuple[int | Tensor, int, int]:
     """Both offsets and seq_len_kv as they will be once k and v are appended."""
     if not isinstance(cache, KVCache):
         raise TypeError(
@@ -207,5 +238,20 @@ def _cached(
             f"{caller}: query_offset and key_offset must be left out with a cache; got {query_offset} and "
             f"{key_offset}. The cache supplies both."
         )
-    seq_len_kv = cache.after(k, v)
-    return cache.position, cache.position + k.shape[2] - seq_len_kv, seq_len_kv
+    seq_len_kv = cache.after(k, v, counts)
+    position = cache.position
+    if isinstance(position, Tensor):
+        return position, 0, seq_len_kv
+    if counts is not None:
+        return torch.full((k.shape[0],), position), 0, seq_len_kv
+    return position, position + k.shape[2] - seq_len_kv, seq_len_kv
+
+
+def _refuse_gradient(caller: str, call: Call) -> None:
+    """Codes are read by a kernel that knows no gradient: the same bits with and without one are promised."""
+    tensors = (call.q, call.bias, call.diagonal, call.sinks)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise ValueError(
+            f"{caller}: nothing must require a gradient with an int8 cache; got a tensor that does. Decode under "
+            "torch.no_grad()."
+        )

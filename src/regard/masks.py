@@ -32,6 +32,7 @@ from regard.mask_rules import (
 )
 from regard.mask_shapes import blocks, edges, global_tokens, neighborhood, strided
 from regard.mask_sparse import Blocks, Chunk, ChunkEnds, Edges, GlobalTokens, Neighborhood, Strided
+from regard.places import Placed
 
 __all__ = [
     "And", "Blocks", "Causal", "Chunk", "ChunkEnds", "DocumentPairs", "Documents", "Edges", "FromFunction",
@@ -281,6 +282,8 @@ def decode(ops: str, ints: Sequence[int], tensors: Sequence[Tensor]) -> Mask:
                 stack.append(And(left, right) if word == "and" else Or(left, right))
             elif word == "not":
                 stack.append(Not(stack.pop()))
+            elif word == "placed":
+                stack.append(Placed(stack.pop(), next(numbers)))
             else:
                 stack.append(_read(word, numbers, held))
         (mask,) = stack

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import decode as few_queries
 from . import library, native, plan
 from .gradient import Gradients, gradients
 from .gradient_twice import second_gradients
+from .held import Held
 from .masks import Mask, decode
 from .positions import Frame
 
@@ -36,8 +38,15 @@ def attend(
     dropout: float,
     query_offset: int | Tensor,
     key_offset: int | Tensor,
+    received: Tensor | None = None,
+    whole: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention by the native kernel, differentiable in q, k, v, bias, diagonal and sinks.
+
+    Args:
+        received: (batch, num_heads, seq_len_kv) in lse's dtype, contiguous, where `weighs(q, num_kv_heads)`: the weight
+            of each key is written there on the way.
+        whole: seq_len_q of the call whose bits are wanted, where q holds some of its rows. The rest are `attention`'s.
 
     Returns:
         out: (batch, num_heads, seq_len_q, head_dim_v), laid out with the heads next to head_dim_v, as the layers that
@@ -60,7 +69,14 @@ def attend(
             softcap or 0.0,
             dropout,
             0 if seed is None else int(seed),
+            received=received,
+            whole=whole,
         )
+    if received is not None:
+        with torch.no_grad():
+            frame = Frame(q.shape[0], q.shape[1], q.shape[2], k.shape[2], query_offset, key_offset)
+            plain = (None if t is None else t.detach() for t in (q, k, v, bias, diagonal, sinks))
+            _forward(*plain, mask, frame, scale, softcap or 0.0, 0.0, 0, received=received)  # type: ignore[arg-type]
     ops, ints, mask_tensors = ("", [], []) if mask is None else mask.encode()
     query_offset, query_offsets = _offset(query_offset)
     key_offset, key_offsets = _offset(key_offset)
@@ -83,6 +99,40 @@ def attend(
         query_offsets,
         key_offsets,
     )
+
+
+def attend_held(
+    q: Tensor,
+    held: Held,
+    *,
+    mask: Mask | None,
+    bias: Tensor | None,
+    diagonal: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    query_offset: int | Tensor,
+    key_offset: int | Tensor,
+    received: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of few queries to what a cache holds, read where it lies; nothing is to be differentiated."""
+    out, lse = _results(q, held.values)
+    few_queries.run(
+        q, held, out, lse, mask=mask, bias=bias, diagonal=diagonal, sinks=sinks, scale=scale, softcap=softcap or 0.0,
+        query_offset=query_offset, key_offset=key_offset, received=received,
+    )  # fmt: skip
+    return out, lse
+
+
+def in_place(q: Tensor, held: Held, dropout: float, *others: Tensor | None) -> bool:
+    """Whether `attend_held` serves a call."""
+    tensors = [t for t in (q, *others) if t is not None]
+    return dropout == 0.0 and few_queries.few(q, held.num_kv_heads) and _plain(tensors)
+
+
+def weighs(q: Tensor, num_kv_heads: int) -> bool:
+    """Whether the forward pass can tell each key's weight on the way: one query, by the decode kernel."""
+    return q.shape[2] == 1 and few_queries.few(q, num_kv_heads)
 
 
 def _plain(tensors: list[Tensor]) -> bool:
@@ -113,9 +163,18 @@ def _forward(
     dropout: float,
     seed: int,
     results: tuple[Tensor, Tensor] | None = None,
+    received: Tensor | None = None,
+    whole: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out and lse, written into `results` where a caller has laid them out."""
     out, lse = results or _results(q, v)
+    if few_queries.few(q, k.shape[1], whole):
+        few_queries.run(
+            q, Held(k, v, k.shape[2]), out, lse, mask=mask, bias=bias, diagonal=diagonal, sinks=sinks, scale=scale,
+            softcap=softcap, query_offset=frame.query_offset, key_offset=frame.key_offset, dropout=dropout, seed=seed,
+            received=received,
+        )  # fmt: skip
+        return out, lse
     shape = _shape(q, k, v.shape[3])
     threads = native.threads(shape[0] * shape[1] * shape[3] * shape[4] * (shape[5] + shape[6]))
     sinks = None if sinks is None else sinks.contiguous()

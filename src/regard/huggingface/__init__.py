@@ -7,12 +7,13 @@ Floor 5: the one door between regard and transformers, above the public function
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from regard.huggingface.cache import Cache
 from regard.huggingface.families import guard, prepare
 from regard.huggingface.routed_mask import regard_mask
 from regard.huggingface.routing import regard_attention
 from regard.observe import Call, observe
 
-__all__ = ["Call", "observe", "prepare"]
+__all__ = ["Cache", "Call", "observe", "prepare"]
 
 AttentionInterface.register("regard", regard_attention)
 AttentionMaskInterface.register("regard", regard_mask)

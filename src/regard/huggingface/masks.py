@@ -70,9 +70,9 @@ class Scene:
         cols = torch.arange(self.seq_len_kv, device=self.device) + self.key_offset
         return rows[None], cols[None]
 
-    def frame(self) -> Frame:
-        """The same for regard, of one head."""
-        return Frame(self.batch, 1, self.seq_len_q, self.seq_len_kv, self.query_offset, self.key_offset)
+    def frame(self, num_heads: int = 1) -> Frame:
+        """The same for regard."""
+        return Frame(self.batch, num_heads, self.seq_len_q, self.seq_len_kv, self.query_offset, self.key_offset)
 
 
 def translate(function: IndexFunction, scene: Scene) -> Mask | None:

@@ -116,6 +116,11 @@ class RoutedMask(Tensor):
         """The lengths and offsets that it was made for."""
         return self._held.scene
 
+    @property
+    def shared(self) -> object:
+        """What this mask and its views have in common: one object as long as they mean the same."""
+        return self._held
+
     def filled(self) -> Tensor:
         """The same mask as an ordinary bool tensor (batch, 1, seq_len_q, seq_len_kv)."""
         held = self._held

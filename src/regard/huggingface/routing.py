@@ -26,6 +26,8 @@ from regard.huggingface.arguments import (
     who,
     without_mask,
 )
+from regard.huggingface.routed_mask import RoutedMask
+from regard.huggingface.step import step
 from regard.mask_algebra import Mask
 from regard.observe import Call, is_cross, layer_index, name_of, observers
 from regard.positions import Frame
@@ -98,10 +100,24 @@ def regard_attention(
             "Record them with regard.lens.record, or load the model with attn_implementation='eager'."
         )
     batch = max(query.shape[0], key.shape[0])
-    query, key, value = (t.expand(batch, *t.shape[1:]) for t in (query, key, value))
+    query, key, value = (t if t.shape[0] == batch else t.expand(batch, *t.shape[1:]) for t in (query, key, value))
     if isinstance(scaling, Tensor):
         query, scaling = query * scaling, 1.0
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+
+    if (
+        type(attention_mask) is RoutedMask
+        and position_bias is None
+        and indices is None
+        and own_mask is None
+        and own_offset is None
+        and s_aux is None
+        and sinks is None
+        and not (dropout and module.training)
+        and not observers()
+        and (out := step(query, key, value, attention_mask, scale, softcap)) is not None
+    ):
+        return out, None
 
     frame, added = Frame(batch, query.shape[1], query.shape[2], key.shape[2]), None
     if attention_mask is None and own_mask is not None:
