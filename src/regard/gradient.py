@@ -136,6 +136,7 @@ def _by_kernel(
     )
 
 
+@torch.autocast("cpu", enabled=False)  # a backward pass may run inside one
 def _by_panels(
     grad_out: Tensor, common: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *,
     bias: Tensor | None, diagonal: Tensor | None, mask: Mask | None, frame: Frame, scale: float, softcap: float,
