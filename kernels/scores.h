@@ -61,7 +61,7 @@ REGARD_INLINE void columns_of(const T* const* rows, int lanes, i64 col_stride, i
         }
         for (; c < cols; ++c)
             for (int i = 0; i < W; ++i)
-                to[c * kLanes + lane + i] = rows[lane + i] ? widen(rows[lane + i][c * col_stride]) : C(0);
+                to[c * kLanes + lane + i] = rows[lane + i] ? widen(peek(rows[lane + i] + c * col_stride)) : C(0);
     }
 }
 

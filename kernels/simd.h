@@ -36,7 +36,8 @@ struct LanesOf;
 template <>
 struct LanesOf<float> {
     typedef float V __attribute__((vector_size(kVectorBytes)));
-    typedef float Loose __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+    // Of 2 bytes, not 4: two bfloat16 move as one float, and begin at any bfloat16.
+    typedef float Loose __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
     typedef std::int32_t I __attribute__((vector_size(kVectorBytes)));
     typedef std::uint32_t U __attribute__((vector_size(kVectorBytes)));
     typedef std::uint32_t LooseU __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
@@ -58,7 +59,7 @@ struct Pair {
 template <>
 struct LanesOf<Pair> {
     typedef std::uint32_t V __attribute__((vector_size(kVectorBytes)));
-    typedef std::uint32_t Loose __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+    typedef std::uint32_t Loose __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
     static constexpr int width = kVectorBytes / 4;
 };
 #if defined(__AVX512BF16__)
@@ -77,6 +78,13 @@ constexpr int kWidth = LanesOf<C>::width;
 template <class C>
 REGARD_INLINE Vector<C> load(const C* p) {
     return *reinterpret_cast<const typename LanesOf<C>::Loose*>(p);
+}
+// *p, wherever it begins: see LanesOf<float>::Loose.
+template <class T>
+REGARD_INLINE T peek(const T* p) {
+    T x;
+    __builtin_memcpy(&x, p, sizeof(T));
+    return x;
 }
 template <class C>
 REGARD_INLINE void store(C* p, Vector<C> x) {

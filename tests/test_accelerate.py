@@ -596,3 +596,24 @@ def test_a_mode_that_watches_sees_what_it_saw_and_the_kernel_is_regards():
     with regard.accelerate() as accelerated:
         assert flops() == want
     assert accelerated.report().on_regard == 1
+
+
+@pytest.mark.parametrize("masked", [None, "bool", "float"])
+def test_a_gradient_may_be_differentiated_once_more(masked):
+    # PyTorch's own CPU kernel refuses: its plain formula is the oracle.
+    shape = (2, 4, 19, 8)
+    q, k, v = tensors(shape, shape, shape, dtype=torch.float64, gradient=True)
+    mask = {"bool": torch.rand(19, 19) > 0.3, "float": torch.randn(4, 19, 19).double()}.get(masked)
+
+    def second():
+        out = taken_early(q, k, v, attn_mask=mask)
+        slopes = torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=True)
+        return torch.autograd.grad([t.square().sum() for t in slopes], (q, k, v))
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        want = second()
+    with regard.accelerate() as accelerated:
+        got = second()
+    assert accelerated.report().on_regard == 1
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -211,3 +211,37 @@ print(peak() - before)
     run = in_fresh_process(code)
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) < 0.5
+
+
+@pytest.mark.parametrize("changed", ["lengths", "offset", "q"])
+def test_what_is_changed_in_place_before_the_backward_is_noticed(changed):
+    q, k, v = (torch.randn(2, 2, 6, 8, requires_grad=True) for _ in range(3))
+    held = {"lengths": torch.tensor([3, 5]), "offset": torch.tensor([0, 1]), "q": q * 2}
+    mask = masks.padding(held["lengths"]) & masks.causal()
+    out, _ = attend(held["q"], k, v, mask=mask, query_offset=held["offset"])
+    held[changed].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_a_result_may_be_changed_in_place_where_a_gradient_is_wanted():
+    q = torch.randn(1, 2, 6, 8, requires_grad=True)
+    _, lse = attend(q, q, q)
+    lse[lse < -1e9] = 0.0  # a view would be refused
+    out, _ = attend(q, q, q)
+    out.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # it is needed as it was
+        out.sum().backward()
+
+
+def test_autocast_does_not_reach_into_gradients():
+    inputs = [torch.randn(1, 2, 40, 16, requires_grad=True) for _ in range(3)]
+    bias = torch.randn(1, 2, 40, 40, requires_grad=True)
+    loss = attend(*inputs, bias=bias)[0].square().sum()
+    plain = torch.autograd.grad(loss, (*inputs, bias), create_graph=True)
+    twice = torch.autograd.grad([t.square().sum() for t in plain], inputs, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = torch.autograd.grad(loss, (*inputs, bias), create_graph=True)
+        under_twice = torch.autograd.grad([t.square().sum() for t in under], inputs)
+    for ours, theirs in zip((*under, *under_twice), (*plain, *twice), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

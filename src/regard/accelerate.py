@@ -103,9 +103,10 @@ def accelerate() -> Acceleration:
     `torch.nn.attention.sdpa_kernel` without its flash kernel. Calls on other devices or on nested tensors, and
     MultiheadAttention with need_weights=True, never come by here, and are not counted.
 
-    What differs: dropout draws other numbers from the same generator; roundings; there is no double backward (PyTorch's
-    own CPU kernel has none either). While it is on, the fast path of torch.nn.TransformerEncoder and MultiheadAttention
-    (torch.backends.mha) is off, so that padded rows hold numbers as they do in training, where the fast path writes 0.
+    What differs: dropout draws other numbers from the same generator; roundings; a gradient may be differentiated once
+    more (gradient penalties, Hessian-vector products), which PyTorch's own CPU kernel refuses. While it is on, the fast
+    path of torch.nn.TransformerEncoder and MultiheadAttention (torch.backends.mha) is off, so that padded rows hold
+    numbers as they do in training, where the fast path writes 0.
     Afterwards a call of scaled_dot_product_attention still passes through Python once, some 5 µs, for PyTorch cannot
     take a kernel back safely while other threads run.
 
@@ -221,10 +222,6 @@ def _sdpa(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
     fused = lead is None and choice == _FLASH
-    is_bool = given is not None and given.dtype == torch.bool
-    if fused and _switch.originals and not is_bool and _wants_gradient(query, key, value):
-        # PyTorch's own node of the graph costs less than ours, and calls `_fused` and `_fused_backward`.
-        return _SDPA.decompose(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     mask, bias = _mask_and_bias(given) if given is not None else (_TOP_LEFT if is_causal else None, None)
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
     wanted = _wants_gradient(query, key, value, *(() if bias is None else (bias,)))

@@ -32,6 +32,7 @@ _ROWS = 64  # queries of one tile, at most
 _VALUES = 1 << 20  # values of tanh of one tile, all batch rows together
 
 
+@torch.autocast("cpu", enabled=False)  # a backward pass may run inside one
 def second_gradients(
     upstream: Sequence[Tensor | None],
     grad_out: Tensor,

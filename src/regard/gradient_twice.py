@@ -52,6 +52,7 @@ class SecondGradients(NamedTuple):
     sinks: Tensor | None
 
 
+@torch.autocast("cpu", enabled=False)  # a backward pass may run inside one
 def second_gradients(
     upstream: Gradients,
     grad_out: Tensor,

@@ -21,6 +21,7 @@ from .held import Held
 from .masks import Mask, decode
 from .positions import Frame
 
+_OWN = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
 _CHUNKS = 8  # column sums are gathered in at most so many parts, by the number of rows alone
 
 
@@ -54,24 +55,15 @@ def attend(
     """
     seed = torch.randint(0, 2**62, (1,)) if dropout else None
     tensors = [t for t in (q, k, v, bias, diagonal, sinks) if t is not None]
-    if _plain(tensors):
+    if not _watched(tensors):
         frame = Frame(q.shape[0], q.shape[1], q.shape[2], k.shape[2], query_offset, key_offset)
-        return _forward(
-            q,
-            k,
-            v,
-            bias,
-            diagonal,
-            sinks,
-            mask,
-            frame,
-            scale,
-            softcap or 0.0,
-            dropout,
-            0 if seed is None else int(seed),
-            received=received,
-            whole=whole,
-        )
+        number = 0 if seed is None else int(seed)
+        inputs = (q, k, v, bias, diagonal, sinks, mask, frame, scale, softcap or 0.0, dropout, number)
+        if not _wants_gradient(tensors):
+            return _forward(*inputs, received=received, whole=whole)
+        if received is not None:
+            _forward(*inputs[:-2], 0.0, 0, received=received)
+        return _Attention.apply(*inputs)
     if received is not None:
         with torch.no_grad():
             frame = Frame(q.shape[0], q.shape[1], q.shape[2], k.shape[2], query_offset, key_offset)
@@ -136,13 +128,21 @@ def weighs(q: Tensor, num_kv_heads: int) -> bool:
 
 
 def _plain(tensors: list[Tensor]) -> bool:
-    """Whether nothing watches: no tracing, no mode, no subclass, no gradient."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return False
+    """Whether nothing watches and no gradient is wanted: the kernel may be called straight away."""
+    return not _wants_gradient(tensors) and not _watched(tensors)
+
+
+def _wants_gradient(tensors: list[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _watched(tensors: list[Tensor]) -> bool:
+    """Whether somebody looks on who must see an operator: a trace, a mode, a transform, a subclass of Tensor."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing():
+        return True
     if torch._C._functorch.maybe_current_level() is not None:  # pyright: ignore  # vmap, grad and the like
-        return False
-    recording = torch.is_grad_enabled()
-    return all(type(t) in (Tensor, torch.nn.Parameter) and not (recording and t.requires_grad) for t in tensors)
+        return True
+    return any(type(t) not in _OWN for t in tensors)
 
 
 def _offset(offset: int | Tensor) -> tuple[int, Tensor | None]:
@@ -167,7 +167,7 @@ def _forward(
     whole: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out and lse, written into `results` where a caller has laid them out."""
-    out, lse = results or _results(q, v)
+    out, lse = results or _room(q, v)
     if few_queries.few(q, k.shape[1], whole):
         few_queries.run(
             q, Held(k, v, k.shape[2]), out, lse, mask=mask, bias=bias, diagonal=diagonal, sinks=sinks, scale=scale,
@@ -204,6 +204,17 @@ def _forward(
     return out, lse
 
 
+def _room(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """`_results` in fewer steps, and no views: what is a view may not be changed in place outside a Function."""
+    batch, num_heads, seq_len_q, _ = q.shape
+    dim, rows = v.shape[3], max(seq_len_q, 1)
+    strides = (rows * num_heads * dim, dim, num_heads * dim, 1)
+    return (
+        torch.empty_strided((batch, num_heads, seq_len_q, dim), strides, dtype=q.dtype),
+        torch.empty((batch, num_heads, seq_len_q), dtype=_wide(q.dtype)),
+    )
+
+
 def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
     return out, q.new_empty(q.shape[:3], dtype=_wide(q.dtype))
@@ -216,6 +227,49 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _shape(q: Tensor, k: Tensor, head_dim_v: int) -> tuple[int, ...]:
     batch, num_heads, seq_len_q, head_dim = q.shape
     return (batch, num_heads, k.shape[1], seq_len_q, k.shape[2], head_dim, head_dim_v)
+
+
+# ---- autograd ----
+
+
+class _Attention(torch.autograd.Function):
+    """The operator where nobody traces: a node of the graph without torch.library's way there, some 150 µs."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        out, lse = _forward(*inputs)
+        tensors, ctx.others = inputs[:6], inputs[6:]
+        mask, frame = inputs[6:8]
+        ctx.program = ("", [], []) if mask is None else mask.encode()
+        offsets = [t if isinstance(t, Tensor) else None for t in (frame.query_offset, frame.key_offset)]
+        # The last ones for autograd to notice where they are changed in place.
+        ctx.save_for_backward(*tensors, out, lse, *offsets, *ctx.program[2])
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, bias, diagonal, sinks, out, lse, q0s, k0s, *mask_tensors = ctx.saved_tensors
+        mask, frame, scale, softcap, dropout, seed = ctx.others
+        inputs = (q, k, v, bias, diagonal, sinks)
+        wanted = [need and t is not None for need, t in zip(ctx.needs_input_grad[:6], inputs, strict=True)]
+        if _plain([grad_out, grad_lse, *(t for t in inputs if t is not None)]):
+            found = gradients(
+                grad_out, grad_lse, q, k, v, out, lse, bias=bias, diagonal=diagonal, sinks=sinks, mask=mask,
+                frame=frame, scale=scale, softcap=softcap, dropout=dropout, seed=seed, wanted=tuple(wanted),
+            )  # fmt: skip
+            each = (found.q, found.k, found.v, found.bias, found.diagonal, found.sinks)
+        else:
+            ops, ints, _ = ctx.program
+            q0, k0 = (0 if isinstance(t, Tensor) else t for t in (frame.query_offset, frame.key_offset))
+            number = torch.tensor(seed) if dropout else None
+            several = iter(
+                torch.ops.regard.attention_backward(
+                    grad_out, grad_lse, q, k, v, out, lse, bias, diagonal, sinks, ops, ints, mask_tensors, scale,
+                    softcap, dropout, number, q0, k0, q0s, k0s, wanted,
+                )
+            )  # fmt: skip
+            each = [next(several) if want else None for want in wanted]
+        return (*each, *[None] * len(ctx.others))
 
 
 # ---- torch.library ----
