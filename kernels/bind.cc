@@ -35,12 +35,29 @@
             regard::target::backward_memory, regard::target::dropout, regard::plain::linear_forward,             \
             regard::plain::linear_backward, regard::plain::additive_forward, regard::plain::additive_backward    \
     }
+// A target whose forward alone is its own.
+#define REGARD_FORWARD_OVER(target, others)  \
+    [&] {                                    \
+        Target t = others;                   \
+        t.name = #target;                    \
+        t.forward = regard::target::forward; \
+        return t;                            \
+    }()
 #define REGARD_TARGET_OF(target) REGARD_TARGET_OVER(target, target)
 
 #if defined(__x86_64__)
 REGARD_DECLARE(avx512_bf16)
 REGARD_DECLARE(avx512)
 REGARD_DECLARE(avx2)
+#endif
+#if defined(REGARD_AMX)
+namespace regard::amx {
+void forward(const ForwardCall&);
+const char* trouble();
+}  // namespace regard::amx
+namespace regard::amx_emulated {
+void forward(const ForwardCall&);
+}
 #endif
 REGARD_DECLARE(portable)
 
@@ -50,10 +67,18 @@ using namespace nb::literals;
 namespace regard {
 namespace {
 
-// The instruction sets that this processor has, best first.
-const std::vector<Target>& targets() {
-    static const std::vector<Target> found = [] {
-        std::vector<Target> list;
+// The instruction sets that this processor has, best first; then those that only a test asks for, by name.
+struct Targets {
+    std::vector<Target> list;
+    std::size_t shown;
+    std::string left_out;  // one that the processor has, and why it does not serve
+};
+
+const Targets& targets() {
+    static const Targets found = [] {
+        Targets t{};
+        std::vector<Target>& list = t.list;
+        std::vector<Target> hidden;
 #if defined(__x86_64__)
         __builtin_cpu_init();
         const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -61,21 +86,41 @@ const std::vector<Target>& targets() {
         if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
             __builtin_cpu_supports("avx512cd")) {
-            if (__builtin_cpu_supports("avx512bf16")) list.push_back(REGARD_TARGET_OVER(avx512_bf16, avx512));
+            if (__builtin_cpu_supports("avx512bf16")) {
+                const Target pairs = REGARD_TARGET_OVER(avx512_bf16, avx512);
+#if defined(REGARD_AMX)
+                if (__builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16")) {
+                    if (const char* trouble = regard::amx::trouble())
+                        t.left_out = std::string("amx (") + trouble + ")";
+                    else
+                        list.push_back(REGARD_FORWARD_OVER(amx, pairs));
+                }
+                hidden.push_back(REGARD_FORWARD_OVER(amx_emulated, pairs));
+#endif
+                list.push_back(pairs);
+            }
             list.push_back(REGARD_TARGET_OF(avx512));
         }
         if (avx2) list.push_back(REGARD_TARGET_OF(avx2));
 #endif
         list.push_back(REGARD_TARGET_OF(portable));
-        return list;
+        t.shown = list.size();
+        for (const Target& target : hidden) list.push_back(target);
+        return t;
     }();
     return found;
 }
 
 const Target& target(int index) {
-    if (index < 0 || index >= static_cast<int>(targets().size()))
+    if (index < 0 || index >= static_cast<int>(targets().list.size()))
         throw std::out_of_range("kernels: no such instruction set");
-    return targets()[static_cast<std::size_t>(index)];
+    return targets().list[static_cast<std::size_t>(index)];
+}
+
+std::vector<std::string> names(std::size_t first, std::size_t last) {
+    std::vector<std::string> found;
+    for (; first < last; ++first) found.push_back(targets().list[first].name);
+    return found;
 }
 
 using BiasArgument = std::array<i64, 6>;  // a view, and 1 where the bias is float32 under half inputs
@@ -139,18 +184,16 @@ using namespace regard;
 NB_MODULE(_kernels, module) {
     module.doc() = "The compiled kernels. Pointers go in unchecked: call them through regard.op only.";
 
-    module.def("isas", [] {
-        std::vector<std::string> names;
-        for (const Target& t : targets()) names.push_back(t.name);
-        return names;
-    });
+    module.def("isas", [] { return names(0, targets().shown); });
+    module.def("hidden_isas", [] { return names(targets().shown, targets().list.size()); });
+    module.def("left_out", [] { return targets().left_out; });
     module.def("use_openmp", &use_openmp, "address"_a);
 
     module.def(
         "forward",
         [](int isa, int dtype, ShapeArgument shape, ViewArgument q, ViewArgument k, ViewArgument v, ViewArgument out,
            ViewArgument lse, BiasArgument bias, i64 sinks, MaskArgument mask, double scale, double softcap,
-           double dropout, u64 seed, i64 first_row, int threads) {
+           double dropout, u64 seed, i64 first_row, int precision, int threads) {
             const ForwardCall call{scores(dtype, shape, q, k, bias, mask, scale, softcap),
                                    shape[6],
                                    view(v),
@@ -160,12 +203,13 @@ NB_MODULE(_kernels, module) {
                                    dropout,
                                    seed,
                                    first_row,
+                                   precision,
                                    threads};
             nb::gil_scoped_release release;
             target(isa).forward(call);
         },
         "isa"_a, "dtype"_a, "shape"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "bias"_a, "sinks"_a, "mask"_a, "scale"_a,
-        "softcap"_a, "dropout"_a, "seed"_a, "first_row"_a, "threads"_a);
+        "softcap"_a, "dropout"_a, "seed"_a, "first_row"_a, "precision"_a, "threads"_a);
 
     module.def(
         "stats",

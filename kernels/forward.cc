@@ -8,6 +8,7 @@
 // Bytes: q and out once; k and v once for each 64 queries, from L2 or L3; nothing of size seq_len_q · seq_len_kv.
 // Online softmax: Milakov & Gimelshein 2018. Tiling: FlashAttention-2 (Dao 2023), Alg. 1.
 #include "dropout.h"
+#include "rows.h"
 #include "scores.h"
 #include "softmax.h"
 #include "threads.h"
@@ -112,38 +113,7 @@ void task(const void* context, i64 index, void* memory) {
         add_values<T, C>(call, v + first * call.v.row, count, words, queries.count, factor, scratch, values, out);
     }
 
-    alignas(64) C share[kLanes] = {};
-    for (int lane = 0; lane < queries.count; ++lane) {
-        double top = m[lane], sum = l[lane], of_sum = 1;
-        if (call.sinks != nullptr) {
-            const double sink = widen(static_cast<const T*>(call.sinks)[queries.head[lane]]);
-            if (sink > top) {
-                of_sum = top == -__builtin_inf() ? 0 : __builtin_exp(top - sink);
-                sum = sum * of_sum + 1;
-                top = sink;
-            } else if (sink != -__builtin_inf()) {
-                sum += __builtin_exp(sink - top);
-            } else if (sink != sink) {
-                sum = sink;
-            }
-        }
-        share[lane] = sum == 0 ? C(0) : static_cast<C>(of_sum / sum);
-        narrow(sum == 0 ? -kInfinity<C> : static_cast<C>(top + __builtin_log(sum)), queries.at<C>(call.lse, lane));
-    }
-    for (int lane = 0; lane < queries.count; lane += kWidth<C>) {
-        i64 c = 0;
-        for (; c < dim; c += kWidth<C>) {
-            Vector<C> square[kWidth<C>];
-            for (int i = 0; i < kWidth<C>; ++i)
-                square[i] = c + i < dim ? load(out + (c + i) * kLanes + lane) * load(share + lane) : Vector<C>{};
-            transpose<C>(square);
-            const i64 cols = dim - c < kWidth<C> ? dim - c : kWidth<C>;
-            for (int i = 0; i < kWidth<C> && lane + i < queries.count; ++i) {
-                T* to = queries.at<T>(call.out, lane + i) + c * call.out.col;
-                for (i64 n = 0; n < cols; ++n) narrow(square[i][n], to + n * call.out.col);
-            }
-        }
-    }
+    finish_rows<T, C>(call, queries, 0, queries.count, 1.0, m, l, out);
 }
 
 template <class T, class C>

@@ -118,6 +118,7 @@ def _forward(
     threads = native.threads(shape[0] * shape[1] * shape[3] * shape[4] * (shape[5] + shape[6]))
     sinks = None if sinks is None else sinks.contiguous()
     kernels, isa, dtype = native.kernels(), native.isa_number(), native.DTYPES[q.dtype]
+    precision = native.precision()
     q_view, k_view, v_view, out_view = native.operand(q), native.operand(k), native.operand(v), native.operand(out)
     for panel in plan.panels(mask, frame):
         first, count = panel.rows.start, len(panel.rows)
@@ -138,6 +139,7 @@ def _forward(
             dropout,
             seed,
             first,
+            precision,
             threads,
         )
     return out, lse
