@@ -23,6 +23,7 @@
 // bfloat16 artificial intelligence datatype for higher-precision computations".
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarms out of GCC 12's own intrinsics (PR 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include "dropout.h"
 #include "rows.h"
@@ -216,18 +217,28 @@ void lay_out(const void* context, i64 index, void* memory) {
     char* to = laid.v_at(head, tile);
     for (i64 c = 0; c < padded; c += W)
         for (int half = 0; half < 2; ++half) {
-            V low[W], high[W];
-            for (int i = 0; i < W; ++i) {
-                low[i] = load(rows + (half * 32 + i) * padded + c);
-                high[i] = load(rows + (half * 32 + W + i) * padded + c);
-            }
-            transpose<float>(low);
-            transpose<float>(high);
             char* block = to + (c / 16 * 2 + half) * N * kTile;
-            for (int i = 0; i < W; ++i)
-                split<N>(low[i], high[i], [block, i](int piece, U bits) {
-                    *reinterpret_cast<U*>(block + piece * kTile + i * kTileBytes) = bits;
-                });
+            if constexpr (N == 1) {  // pairs of keys turn as one
+                V pairs[W];
+                for (int i = 0; i < W; ++i) {
+                    const float* at = rows + (half * 32 + 2 * i) * padded + c;
+                    split_pairs<1>(load(at), load(at + padded), [&pairs, i](int, U bits) { pairs[i] = (V)bits; });
+                }
+                transpose<float>(pairs);
+                for (int i = 0; i < W; ++i) *reinterpret_cast<U*>(block + i * kTileBytes) = (U)pairs[i];
+            } else {
+                V low[W], high[W];
+                for (int i = 0; i < W; ++i) {
+                    low[i] = load(rows + (half * 32 + i) * padded + c);
+                    high[i] = load(rows + (half * 32 + W + i) * padded + c);
+                }
+                transpose<float>(low);
+                transpose<float>(high);
+                for (int i = 0; i < W; ++i)
+                    split<N>(low[i], high[i], [block, i](int piece, U bits) {
+                        *reinterpret_cast<U*>(block + piece * kTile + i * kTileBytes) = bits;
+                    });
+            }
         }
 }
 
@@ -269,10 +280,10 @@ class Stream {
     REGARD_INLINE void due() {
         for (credit_ += rate_; credit_ >= 256 && at_ < 2; credit_ -= 256) step();
     }
-    void finish() {
+    __attribute__((noinline)) void finish() {
         while (at_ < 2) step();
     }
-    void flush() {
+    __attribute__((noinline)) void flush() {
         if (pending_ == nullptr) return;
         put<0>(), put<1>(), put<2>(), put<3>();
         pending_ = nullptr;
