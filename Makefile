@@ -39,11 +39,11 @@ endef
 export NEEDS
 install = $(BIN)/python -c "$$NEEDS" $(1) > $(STAMPS)/needs && $(PIP) install -c constraints.txt -r $(STAMPS)/needs
 
-.PHONY: help look test bench sanitize lint format page page-fresh pins setup setup-dev models clean distclean
+.PHONY: help look test bench tiles sanitize lint format page page-fresh pins setup setup-dev models clean distclean
 
 help:
 	@sed -n '2,4s/^# *//p' Makefile
-	@echo 'make lint | format | bench | sanitize | page | pins | models | clean | distclean'
+	@echo 'make lint | format | bench | tiles | sanitize | page | pins | models | clean | distclean'
 
 look: setup
 	@$(BIN)/regard look $(if $(TEXT),"$(TEXT)") $(ARGS)
@@ -69,6 +69,12 @@ sanitize: setup-dev
 	    LD_PRELOAD="$$library $$($${CXX:-g++} -print-file-name=libstdc++.so)" REGARD_THREADS=own PYTHONPATH=src \
 	    $(BIN)/python tests/sanitize.py $$name $$folder/_kernels*.so; \
 	done
+
+# The kernel for AMX tiles on a processor without them: its instructions trapped and carried out, its bits compared.
+tiles: setup-dev
+	@$(BIN)/cmake -S . -B build/tiles -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python > /dev/null
+	@$(BIN)/cmake --build build/tiles --target trapped_tiles
+	build/tiles/trapped_tiles
 
 lint: setup-dev
 	$(BIN)/ruff check .

@@ -39,12 +39,29 @@
             regard::plain::linear_backward, regard::plain::additive_forward, regard::plain::additive_backward,   \
             regard::target::decode, regard::target::decode_memory, regard::target::ceiling                       \
     }
+// A target whose forward alone is its own.
+#define REGARD_FORWARD_OVER(target, others)  \
+    [&] {                                    \
+        Target t = others;                   \
+        t.name = #target;                    \
+        t.forward = regard::target::forward; \
+        return t;                            \
+    }()
 #define REGARD_TARGET_OF(target) REGARD_TARGET_OVER(target, target)
 
 #if defined(__x86_64__)
 REGARD_DECLARE(avx512_bf16)
 REGARD_DECLARE(avx512)
 REGARD_DECLARE(avx2)
+#endif
+#if defined(REGARD_AMX)
+namespace regard::amx {
+void forward(const ForwardCall&);
+const char* trouble();
+}  // namespace regard::amx
+namespace regard::amx_emulated {
+void forward(const ForwardCall&);
+}
 #endif
 REGARD_DECLARE(portable)
 
@@ -54,10 +71,18 @@ using namespace nb::literals;
 namespace regard {
 namespace {
 
-// The instruction sets that this processor has, best first.
-const std::vector<Target>& targets() {
-    static const std::vector<Target> found = [] {
-        std::vector<Target> list;
+// The instruction sets that this processor has, best first; then those that only a test asks for, by name.
+struct Targets {
+    std::vector<Target> list;
+    std::size_t shown;
+    std::string left_out;  // one that the processor has, and why it does not serve
+};
+
+const Targets& targets() {
+    static const Targets found = [] {
+        Targets t{};
+        std::vector<Target>& list = t.list;
+        std::vector<Target> hidden;
 #if defined(__x86_64__)
         __builtin_cpu_init();
         const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -65,21 +90,41 @@ const std::vector<Target>& targets() {
         if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
             __builtin_cpu_supports("avx512cd")) {
-            if (__builtin_cpu_supports("avx512bf16")) list.push_back(REGARD_TARGET_OVER(avx512_bf16, avx512));
+            if (__builtin_cpu_supports("avx512bf16")) {
+                const Target pairs = REGARD_TARGET_OVER(avx512_bf16, avx512);
+#if defined(REGARD_AMX)
+                if (__builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16")) {
+                    if (const char* trouble = regard::amx::trouble())
+                        t.left_out = std::string("amx (") + trouble + ")";
+                    else
+                        list.push_back(REGARD_FORWARD_OVER(amx, pairs));
+                }
+                hidden.push_back(REGARD_FORWARD_OVER(amx_emulated, pairs));
+#endif
+                list.push_back(pairs);
+            }
             list.push_back(REGARD_TARGET_OF(avx512));
         }
         if (avx2) list.push_back(REGARD_TARGET_OF(avx2));
 #endif
         list.push_back(REGARD_TARGET_OF(portable));
-        return list;
+        t.shown = list.size();
+        for (const Target& target : hidden) list.push_back(target);
+        return t;
     }();
     return found;
 }
 
 const Target& target(int index) {
-    if (index < 0 || index >= static_cast<int>(targets().size()))
+    if (index < 0 || index >= static_cast<int>(targets().list.size()))
         throw std::out_of_range("kernels: no such instruction set");
-    return targets()[static_cast<std::size_t>(index)];
+    return targets().list[static_cast<std::size_t>(index)];
+}
+
+std::vector<std::string> names(std::size_t first, std::size_t last) {
+    std::vector<std::string> found;
+    for (; first < last; ++first) found.push_back(targets().list[first].name);
+    return found;
 }
 
 using BiasArgument = std::array<i64, 6>;  // a view, and 1 where the bias is float32 under half inputs
@@ -143,11 +188,9 @@ using namespace regard;
 NB_MODULE(_kernels, module) {
     module.doc() = "The compiled kernels. Pointers go in unchecked: call them through regard.op only.";
 
-    module.def("isas", [] {
-        std::vector<std::string> names;
-        for (const Target& t : targets()) names.push_back(t.name);
-        return names;
-    });
+    module.def("isas", [] { return names(0, targets().shown); });
+    module.def("hidden_isas", [] { return names(targets().shown, targets().list.size()); });
+    module.def("left_out", [] { return targets().left_out; });
     module.def("use_openmp", &use_openmp, "address"_a);
 
     module.def(
@@ -164,7 +207,7 @@ NB_MODULE(_kernels, module) {
         "forward",
         [](int isa, int dtype, ShapeArgument shape, ViewArgument q, ViewArgument k, ViewArgument v, ViewArgument out,
            ViewArgument lse, BiasArgument bias, i64 sinks, MaskArgument mask, double scale, double softcap,
-           double dropout, u64 seed, i64 first_row, int threads) {
+           double dropout, u64 seed, i64 first_row, int precision, int threads) {
             const ForwardCall call{scores(dtype, shape, q, k, bias, mask, scale, softcap),
                                    shape[6],
                                    view(v),
@@ -174,12 +217,13 @@ NB_MODULE(_kernels, module) {
                                    dropout,
                                    seed,
                                    first_row,
+                                   precision,
                                    threads};
             nb::gil_scoped_release release;
             target(isa).forward(call);
         },
         "isa"_a, "dtype"_a, "shape"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "bias"_a, "sinks"_a, "mask"_a, "scale"_a,
-        "softcap"_a, "dropout"_a, "seed"_a, "first_row"_a, "threads"_a);
+        "softcap"_a, "dropout"_a, "seed"_a, "first_row"_a, "precision"_a, "threads"_a);
 
     module.def(
         "decode",
@@ -188,7 +232,7 @@ NB_MODULE(_kernels, module) {
            double dropout, u64 seed, bool coded, ViewArgument key_scales, ViewArgument value_scales, i64 pages,
            i64 pages_of_row, i64 page_keys, i64 received, i64 part_keys, int threads) {
             DecodeCall call{{scores(dtype, shape, q, k, bias, mask, scale, softcap), shape[6], view(v), view(out),
-                             view(lse), reinterpret_cast<const void*>(sinks), dropout, seed, 0, threads},
+                             view(lse), reinterpret_cast<const void*>(sinks), dropout, seed, 0, 0, threads},
                             coded,
                             view(key_scales),
                             view(value_scales),
@@ -201,7 +245,7 @@ NB_MODULE(_kernels, module) {
                             nullptr};
             nb::gil_scoped_release release;
             const i64 bytes = (target(isa).decode_memory(call) + 63) / 64 * 64;
-            char* memory = kept(bytes + 8 * shape[0] * shape[2]);
+            char* memory = kept_memory(bytes + 8 * shape[0] * shape[2]);
             call.memory = memory;
             call.done = reinterpret_cast<i64*>(memory + bytes);
             target(isa).decode(call);
@@ -217,7 +261,7 @@ NB_MODULE(_kernels, module) {
            i64 top_keys, i64 top_weights, i64 received, ViewArgument entropy, ViewArgument max_score, i64 block_rows,
            i64 block_cols, ViewArgument block_mass, ViewArgument block_max, i64 chunk_rows, int threads) {
             const StatsCall call{{scores(dtype, shape, q, k, bias, mask, scale, softcap), shape[6], view(v), view(out),
-                                  view(lse), reinterpret_cast<const void*>(sinks), 0, 0, 0, threads},
+                                  view(lse), reinterpret_cast<const void*>(sinks), 0, 0, 0, 0, threads},
                                  top_k,
                                  reinterpret_cast<i64*>(top_keys),
                                  reinterpret_cast<void*>(top_weights),

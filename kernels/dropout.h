@@ -37,17 +37,20 @@ REGARD_INLINE u32 drop_limit(double probability) {
     return limit >= 4294967295.0 ? ~u32{0} : static_cast<u32>(limit);
 }
 
-template <class C>
+// The weights of `lanes` queries from `first_lane` on; all of them where nothing is said.
+template <class C, int Stride = kLanes>
 REGARD_INLINE void drop(u64 seed, const Queries& queries, i64 first_row, i64 first_key, i64 keys, double probability,
-                        C* weights) {
+                        C* weights, int first_lane = 0, int lanes = -1) {
+    if (lanes < 0) lanes = queries.count;
     const C kept = static_cast<C>(1 / (1 - probability));
     const u32 limit = drop_limit(probability);
     DropRow rows[kLanes];
-    for (int lane = 0; lane < queries.count; ++lane)
-        rows[lane] = DropRow(seed, queries.batch, queries.head[lane], first_row + queries.row[lane]);
+    for (int lane = 0; lane < lanes; ++lane)
+        rows[lane] =
+            DropRow(seed, queries.batch, queries.head[first_lane + lane], first_row + queries.row[first_lane + lane]);
     for (i64 j = 0; j < keys; ++j)
-        for (int lane = 0; lane < queries.count; ++lane) {
-            C& weight = weights[j * kLanes + lane];
+        for (int lane = 0; lane < lanes; ++lane) {
+            C& weight = weights[j * Stride + lane];
             weight = rows[lane].number(static_cast<u32>(first_key + j)) >= limit ? weight * kept : C(0);
         }
 }

@@ -9,6 +9,7 @@
 // Online softmax: Milakov & Gimelshein 2018. Tiling: FlashAttention-2 (Dao 2023), Alg. 1.
 #include "dropout.h"
 #include "output.h"
+#include "rows.h"
 #include "softmax.h"
 #include "threads.h"
 
@@ -55,7 +56,7 @@ void task(const void* context, i64 index, void* memory) {
         add_values<T, C>(call, v + first * call.v.row, count, words, queries.count, factor, scratch, values, out);
     }
 
-    finish_rows<T, C>(call, queries, m, l, out);
+    finish_rows<T, C>(call, queries, 0, queries.count, 1.0, m, l, out);
 }
 
 template <class T, class C>

@@ -1,6 +1,6 @@
-// What 64 queries take home: values, gathered tile by tile, and out and lse in the end.
-// Enters: a ForwardCall, the weights of one tile after another, m and l of the online softmax. Leaves: rows of out and
-// lse. Floor: above scores.h. The forward pass and the statistics come through here, so they give the same bits.
+// What 64 queries take home: values, gathered tile by tile.
+// Enters: a ForwardCall and the weights of one tile after another. Leaves: the output as columns of queries, before the
+// division (rows.h). Floor: above scores.h. The forward pass and the statistics come through here: the same bits.
 #pragma once
 #include "scores.h"
 
@@ -60,44 +60,6 @@ inline void add_values(const ForwardCall& call, const T* v, i64 count, const u64
         product<C>(rows, 1, leading, dim, scratch.scores, kLanes, count, lanes, finish);
     }
     if (taken != 0) add_taken_out(taken, v, call.v, count, dim, words, lanes, scratch.scores, out);
-}
-
-// out = O / l, lse = m + log l, a sink joined to the denominator.
-template <class T, class C>
-inline void finish_rows(const ForwardCall& call, const Queries& queries, const C* m, const C* l, const C* out) {
-    const i64 dim = call.head_dim_v;
-    alignas(64) C share[kLanes] = {};
-    for (int lane = 0; lane < queries.count; ++lane) {
-        double top = m[lane], sum = l[lane], of_sum = 1;
-        if (call.sinks != nullptr) {
-            const double sink = widen(static_cast<const T*>(call.sinks)[queries.head[lane]]);
-            if (sink > top) {
-                of_sum = top == -__builtin_inf() ? 0 : __builtin_exp(top - sink);
-                sum = sum * of_sum + 1;
-                top = sink;
-            } else if (sink != -__builtin_inf()) {
-                sum += __builtin_exp(sink - top);
-            } else if (sink != sink) {
-                sum = sink;
-            }
-        }
-        share[lane] = sum == 0 ? C(0) : static_cast<C>(of_sum / sum);
-        narrow(sum == 0 ? -kInfinity<C> : static_cast<C>(top + __builtin_log(sum)), queries.at<C>(call.lse, lane));
-    }
-    for (int lane = 0; lane < queries.count; lane += kWidth<C>) {
-        i64 c = 0;
-        for (; c < dim; c += kWidth<C>) {
-            Vector<C> square[kWidth<C>];
-            for (int i = 0; i < kWidth<C>; ++i)
-                square[i] = c + i < dim ? load(out + (c + i) * kLanes + lane) * load(share + lane) : Vector<C>{};
-            transpose<C>(square);
-            const i64 cols = dim - c < kWidth<C> ? dim - c : kWidth<C>;
-            for (int i = 0; i < kWidth<C> && lane + i < queries.count; ++i) {
-                T* to = queries.at<T>(call.out, lane + i) + c * call.out.col;
-                for (i64 n = 0; n < cols; ++n) narrow(square[i][n], to + n * call.out.col);
-            }
-        }
-    }
 }
 
 }  // namespace regard::REGARD_TARGET

@@ -46,7 +46,7 @@ REGARD_INLINE bool all_finite(const C* rows, i64 leading, i64 count, i64 cols) {
 }
 
 // lanes[column][lane] from one row pointer a lane: a transpose. Null pointers give zeros.
-template <class T, class C>
+template <class T, class C, int Stride = kLanes>
 REGARD_INLINE void columns_of(const T* const* rows, int lanes, i64 col_stride, i64 cols, C* to) {
     constexpr int W = kWidth<C>;
     for (int lane = 0; lane < lanes; lane += W) {
@@ -56,12 +56,12 @@ REGARD_INLINE void columns_of(const T* const* rows, int lanes, i64 col_stride, i
                 Vector<C> square[W];
                 for (int i = 0; i < W; ++i) square[i] = rows[lane + i] ? widen_vector(rows[lane + i] + c) : Vector<C>{};
                 transpose<C>(square);
-                for (int i = 0; i < W; ++i) store(to + (c + i) * kLanes + lane, square[i]);
+                for (int i = 0; i < W; ++i) store(to + (c + i) * Stride + lane, square[i]);
             }
         }
         for (; c < cols; ++c)
             for (int i = 0; i < W; ++i)
-                to[c * kLanes + lane + i] = rows[lane + i] ? widen(peek(rows[lane + i] + c * col_stride)) : C(0);
+                to[c * Stride + lane + i] = rows[lane + i] ? widen(peek(rows[lane + i] + c * col_stride)) : C(0);
     }
 }
 
@@ -180,7 +180,7 @@ struct Visible {
 };
 
 // keep ? x : -inf, key by key, for one tile.
-template <class C>
+template <class C, int Stride = kLanes>
 REGARD_INLINE void exclude(const u64* words, i64 keys, int lanes, C* scores) {
     constexpr int W = kWidth<C>;
     using U = typename LanesOf<C>::U;
@@ -192,7 +192,7 @@ REGARD_INLINE void exclude(const u64* words, i64 keys, int lanes, C* scores) {
             for (int i = 0; i < W; ++i) bits[i] = static_cast<u32>(words[lane + i] >> half);
             const i64 last = keys < half + 32 ? keys : half + 32;
             for (i64 j = half; j < last; ++j) {
-                C* at = scores + j * kLanes + lane;
+                C* at = scores + j * Stride + lane;
                 store(at, (I)((bits >> (j - half)) & 1) != 0 ? load(at) : minus_infinity);
             }
         }

@@ -12,6 +12,7 @@
 // chunk, so that no order is left to chance.
 // Online softmax and its rescaling: Milakov & Gimelshein 2018; FlashAttention-2 (Dao 2023), Alg. 1.
 #include "output.h"
+#include "rows.h"
 #include "scores.h"
 #include "softmax.h"
 #include "threads.h"
@@ -229,7 +230,7 @@ void stats_of_rows(const StatsCall& call, const Queries& queries, Room<C>& room,
                 add_values<T, C>(forward, queries.of_head<T>(forward.v, first), count, words, queries.count, factor,
                                  scratch, room.values, room.out);
         });
-    if (room.valued) finish_rows<T, C>(forward, queries, m, l, room.out);
+    if (room.valued) finish_rows<T, C>(forward, queries, 0, queries.count, 1.0, m, l, room.out);
     load_lse(forward.lse, queries, lse);
 
     for (int lane = 0; lane < queries.count; lane += W) {

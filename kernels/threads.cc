@@ -92,6 +92,10 @@ struct Scratch {
     char* data = nullptr;
     i64 size = 0;
     ~Scratch() { std::free(data); }
+    void drop() {
+        std::free(data);
+        data = nullptr, size = 0;
+    }
     char* grow(i64 bytes) {
         if (bytes > size) {
             std::free(data);
@@ -108,9 +112,12 @@ struct Scratch {
 
 void use_openmp(u64 address) { gomp_parallel = reinterpret_cast<GompParallel>(address); }
 
-char* kept(i64 bytes) {
-    thread_local Scratch buffer;
-    return buffer.grow((bytes + 63) / 64 * 64);
+char* kept_memory(i64 bytes) {
+    constexpr i64 kWorthKeeping = 64 << 20;  // a long call's memory goes back with the next short one
+    thread_local Scratch memory;
+    bytes = (bytes + 63) / 64 * 64;
+    if (memory.size > kWorthKeeping && bytes <= kWorthKeeping) memory.drop();
+    return memory.grow(bytes);
 }
 
 void parallel(i64 tasks, int threads, i64 scratch_bytes, Body body, const void* context) {

@@ -12,8 +12,9 @@ using Body = void (*)(const void* context, i64 task, void* scratch);
 // aligned. Throws std::bad_alloc before any task has begun, never after.
 void parallel(i64 tasks, int threads, i64 scratch_bytes, Body body, const void* context);
 
-// A buffer of the calling thread's own, 64-byte aligned, kept for its next call. Throws std::bad_alloc.
-char* kept(i64 bytes);
+// Memory that all tasks of the calling thread's next jobs share, 64-byte aligned, kept between calls; the next request
+// may move it. Throws std::bad_alloc.
+char* kept_memory(i64 bytes);
 
 // The address of GOMP_parallel in the OpenMP library that PyTorch has loaded: two pools on the same cores fight. 0: use
 // ours.

@@ -45,6 +45,9 @@ struct Scores {
     double scale, softcap;  // softcap 0: none
 };
 
+// How float32 is multiplied where the target has only bfloat16 products: torch.get_float32_matmul_precision().
+enum Precision : int { kHighest = 0, kHigh = 1, kMedium = 2 };
+
 struct ForwardCall {
     Scores scores;
     i64 head_dim_v;
@@ -53,6 +56,7 @@ struct ForwardCall {
     double dropout;     // probability of dropping a weight; 0: none
     u64 seed;
     i64 first_row;  // this call's row 0 is row first_row of the whole: dropout depends on it
+    int precision;  // of Precision; targets that multiply float32 itself have but the highest
     int threads;
 };
 

@@ -60,7 +60,7 @@ LENGTHS = [
 ]
 
 
-@pytest.fixture(params=native.isas())
+@pytest.fixture(params=native.isas() + native.hidden_isas())
 def isa(request):
     with native.forced_isa(request.param):
         yield request.param

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -20,6 +21,7 @@ from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 STAGES = {"scaled": 0, "capped": 1, "biased": 2, "weights": 3}
+_PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
 LANES = KEYS = 64  # queries and keys of one score tile, as in kernels/view.h
 
 View = tuple[int, int, int, int, int]
@@ -38,6 +40,13 @@ def kernels() -> ModuleType:
             f"regard: the compiled kernels must be importable; got {error}. Install the package (pip install .), or "
             'pass backend="reference".'
         ) from error
+    if left_out := _kernels.left_out():
+        warnings.warn(
+            f"regard: an instruction set of this processor is left out: {left_out}. The next best one serves; please "
+            "report the processor and the system.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     if os.environ.get("REGARD_THREADS") != "own":
         _kernels.use_openmp(_gomp_parallel())
     return _kernels
@@ -64,6 +73,11 @@ def isas() -> list[str]:
     return kernels().isas()
 
 
+def hidden_isas() -> list[str]:
+    """Instruction sets that are computed in others' stead, for tests: "amx_emulated". Never picked but by name."""
+    return kernels().hidden_isas()
+
+
 _forced: str | None = None
 
 
@@ -76,7 +90,7 @@ def isa() -> str:
     name = _forced or os.environ.get("REGARD_ISA")
     if not name:
         return isas()[0]
-    if name not in isas():
+    if name not in _all():
         raise ValueError(
             f"REGARD_ISA must name an instruction set that this processor has; got {name!r}. "
             f"Use one of: {', '.join(isas())}."
@@ -100,8 +114,22 @@ def forced_isa(name: str) -> Iterator[None]:
 
 @cache
 def isa_number() -> int:
-    """Index of the instruction set in use among `isas()`."""
-    return isas().index(isa())
+    """Index of the instruction set in use among all that there are."""
+    return _all().index(isa())
+
+
+def statistics_repeat_forward() -> bool:
+    """Whether the statistics' pass over the values gives the forward kernel's bits: not where that one works on tiles."""
+    return not isa().startswith("amx")
+
+
+def _all() -> list[str]:
+    return isas() + hidden_isas()
+
+
+def precision() -> int:
+    """How float32 is to be multiplied, as kernels/view.h numbers it."""
+    return _PRECISIONS[torch.get_float32_matmul_precision()]
 
 
 def threads(work: int) -> int:

@@ -179,6 +179,7 @@ def _forward(
     threads = native.threads(shape[0] * shape[1] * shape[3] * shape[4] * (shape[5] + shape[6]))
     sinks = None if sinks is None else sinks.contiguous()
     kernels, isa, dtype = native.kernels(), native.isa_number(), native.DTYPES[q.dtype]
+    precision = native.precision()
     q_view, k_view, v_view, out_view = native.operand(q), native.operand(k), native.operand(v), native.operand(out)
     for panel in plan.panels(mask, frame):
         first, count = panel.rows.start, len(panel.rows)
@@ -199,6 +200,7 @@ def _forward(
             dropout,
             seed,
             first,
+            precision,
             threads,
         )
     return out, lse
@@ -417,7 +419,8 @@ def attend_with_statistics(
     terms = {"mask": mask, "bias": bias, "diagonal": diagonal, "scale": scale, "softcap": softcap}
     terms |= {"query_offset": query_offset, "key_offset": key_offset}
     tensors = [t for t in (q, k, v, bias, diagonal, sinks) if t is not None]
-    if dropout or q.shape[2] < native.LANES or not _plain(tensors):
+    fused = dropout == 0 and q.shape[2] >= native.LANES and native.statistics_repeat_forward()
+    if not (fused and _plain(tensors)):
         out, lse = attend(q, k, v, **terms, sinks=sinks, dropout=dropout)
         return out, lse, statistics(q, k, lse.detach(), **terms, **asked)
     out, lse = _results(q, v)
