@@ -119,7 +119,7 @@ def isa_number() -> int:
 
 
 def statistics_repeat_forward() -> bool:
-    """Whether the statistics' pass over the values gives the forward kernel's bits: not where that one works on tiles."""
+    """Whether the statistics' pass over the values gives the forward kernel's bits: where it has no tiles."""
     return not isa().startswith("amx")
 
 
