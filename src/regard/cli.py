@@ -151,7 +151,9 @@ def _look(
                 webbrowser.open(address)
 
         assert listening is not None
-        server.serve(listening, view, again, started)
+        from regard.lens.asking import ASKS
+
+        server.serve(listening, view, again, started, ASKS)
     finally:
         if listening is not None:
             listening.close()

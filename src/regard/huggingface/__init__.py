@@ -7,12 +7,12 @@ Floor 5: the one door between regard and transformers, above the public function
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from regard.huggingface.calls import Call, observe
+from regard.huggingface.calls import Call, intervene, observe
 from regard.huggingface.families import guard, prepare
 from regard.huggingface.routed_mask import regard_mask
 from regard.huggingface.routing import regard_attention
 
-__all__ = ["Call", "observe", "prepare"]
+__all__ = ["Call", "intervene", "observe", "prepare"]
 
 AttentionInterface.register("regard", regard_attention)
 AttentionMaskInterface.register("regard", regard_mask)
