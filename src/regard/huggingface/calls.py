@@ -157,4 +157,7 @@ def is_cross(module: nn.Module) -> bool:
     if getattr(module, "is_cross_attention", False):
         return True
     said = f"{type(module).__name__}.{name_of(module) or ''}".lower()
-    return re.search(r"cross_?att|encoder_attn|encdecattention|encoder_decoder_att|cross_?attn", said) is not None
+    return (
+        re.search(r"cross_?att|encoder_attn|encdecattention|encoder_decoder_att|cross_?attn|multihead_attn$", said)
+        is not None
+    )

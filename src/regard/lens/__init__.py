@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from regard.lens.effect import effects
     from regard.lens.recorder import record
     from regard.lens.recording import Recording
+    from regard.lens.trusting import trust
 
-__all__ = ["Recording", "record", "effects", "Edge", "Head", "Span"]
+__all__ = ["Recording", "record", "effects", "trust", "Edge", "Head", "Span"]
 _ROOMS = {
     "Recording": "recording",
     "record": "recorder",
     "effects": "effect",
+    "trust": "trusting",
     "Edge": "cuts",
     "Head": "cuts",
     "Span": "cuts",

@@ -10,11 +10,18 @@ Leaves: JSON. The contract, for POST /api/effects (all but "cuts" may be left ou
          {"type": "span", "side": 0, "start": 2, "stop": 4}           attention and side as numbered in the page's JSON
 
     -> {"task": "next" | "masked" | "class" | "token class" | "embedding",
-        "measure": "KL divergence, nats" | "1 - cosine", "position": 8 | null, "target": CHANGE | null, "likeliest": [CHANGE, ...],
+        "measure": "KL divergence, nats" | "1 - cosine", "position": 8 | null, "target": CHANGE | null,
+        "likeliest": [CHANGE, ...],
         "effects": [{"cuts": [CUT, ...], "weight": 0.68, "mass": 0.68, "size": 0.0074, "before": 0.10 | null,
                      "after": 0.11 | null, "changed": [CHANGE, ...],
                      "control": null | {"low": .., "median": .., "high": .., "mass": .., "count": 20}}, ...]}
     CHANGE: {"id": 253, "text": " a", "before": 0.10, "after": 0.11}
+
+POST /api/trust {"text": .., "position": 8, "target": 253} (nothing is needed; decoders and masked-token models)
+
+    -> {"target": 253, "target_text": " a", "probability": 0.11, "without_any": 0.004, "projected": true,
+        "candidates": [0, 1, ...], "attributions": [{"name": "raw weight", "scores": [..] | null, "deletion": 0.107,
+        "insertion": 0.108}, ...]}       scores go with the candidates, tokens; "random" and "uniform" are controls
 
 A refusal is {"error": "a sentence"}: 400 no JSON object, 409 another text is shown, 413 too long, 415 no JSON, 422 what
 cannot be cut. Sizes are to be shown beside the band of the control, never alone.
@@ -30,6 +37,7 @@ from torch import Tensor
 from regard.lens.cuts import Cut, Edge, Head, Span
 from regard.lens.effect import effects
 from regard.lens.look import Look
+from regard.lens.trusting import trust
 
 MOST_CUTS = 64
 MOST_CONTROLS = 100
@@ -120,5 +128,21 @@ def _number(told: dict[str, Any], name: str, default: int | None) -> int | None:
     return number
 
 
-ASKS: dict[str, Callable[[Look, Any], dict[str, Any]]] = {"effects": ask_effects}
+def ask_trust(look: Look, asked: dict[str, Any]) -> dict[str, Any]:
+    """Answer POST /api/trust.
+
+    Raises:
+        ValueError: JSON that does not follow the contract, or a model that predicts no token or class.
+    """
+    told = trust(
+        look.loaded.model,
+        inputs_of(look),
+        position=_number(asked, "position", None),
+        target=_number(asked, "target", None),
+        tokenizer=look.loaded.tokenizer,
+    ).to_json()
+    return {**told, "target_text": look.loaded.tokenizer.decode([told["target"]])}
+
+
+ASKS: dict[str, Callable[[Look, Any], dict[str, Any]]] = {"effects": ask_effects, "trust": ask_trust}
 """What `regard.lens.server.application` is given as `asks`."""

@@ -36,7 +36,7 @@ class Numbering:
         self.names: dict[int, str] = {}
         for name, module in model.named_modules():
             self.names.setdefault(id(module), name)
-        paired = getattr(model.config, "is_encoder_decoder", False)
+        paired = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         self.encoder = model.get_encoder() if paired else None
         self.encoder_prefix = self.names.get(id(self.encoder), "") + "." if paired else ""
         self.calls_in_pass: Counter[int] = Counter()  # of a module

@@ -1,6 +1,6 @@
 """Recording a model while it runs.
 
-Enters: a transformers model that `regard.huggingface.prepare` can route.
+Enters: a transformers model that `regard.huggingface.prepare` can route, or any torch module.
 Leaves: a `Recording`, filled by every attention call inside the `with` block; the forward keeps its bits.
 Each call costs one pass for its statistics; keys that a cache hands over again are compared, and kept once.
 Floor 5: stands on regard.huggingface.observe and regard.op.statistics."""
@@ -33,11 +33,12 @@ def record(
     tokenizer: Any = None,
     texts: Iterable[str] = (),
 ) -> Iterator[Recording]:
-    """Record the attention of a transformers model while the block lasts.
+    """Record the attention of a model while the block lasts.
 
     Args:
-        model: any model that transformers routes through its AttentionInterface; its own choice of attention comes back
-            after the block.
+        model: any model that transformers routes through its AttentionInterface, whose own choice of attention comes
+            back after the block; or any other torch module: its calls of scaled_dot_product_attention and of
+            torch.nn.MultiheadAttention are recorded under their modules' names.
         layers: layer numbers to keep. Default all.
         dtype: what q and k are kept in (torch.bfloat16 halves them). Default as they are. lse and statistics stay
             exact, so that tiles from narrower q and k differ by that rounding.
@@ -93,8 +94,16 @@ def record(
 @contextmanager
 def routed(model: Any) -> Iterator[None]:
     """Route a model's attention through regard for a while; what `prepare` changed comes back."""
+    from transformers import PreTrainedModel
+
     from regard import huggingface
 
+    if isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel):
+        from regard.lens.capture import captured
+
+        with captured(model):
+            yield
+        return
     found = {}
     queue = [module.config for module in model.modules() if hasattr(module, "config")]
     while queue:
