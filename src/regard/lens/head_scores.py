@@ -11,7 +11,8 @@ positional = Σ_b S_b² / N_b / Σ_ij x_ij², where bucket b holds the pairs at 
 octaves), the first key in a bucket of its own, S_b sums x over its N_b pairs: the share of a head's departure from
 uniform attention that the distance alone foretells; content = 1 − positional
 induction: w from a token's second turn to what followed its first; duplicate: to its first turn (random tokens, twice)
-coreference: w from a pronoun to what it stands for, less that to the other candidate
+coreference: w from a pronoun to what it stands for, less that to the other candidate; coreference_right: share of the
+probes in which that is above 0
 importance: mean over windows of |∂L / ∂gate| (Michel et al. 2019, equation 2)
 Floor 6: stands on the cuts' tiles and numbering."""
 
@@ -29,7 +30,7 @@ from regard.lens.numbering import Place
 
 SCORES = (
     "previous", "next", "same", "first", "separator", "sink", "distance", "entropy", "positional", "content",
-    "induction", "duplicate", "coreference", "importance", "removal",
+    "induction", "duplicate", "coreference", "coreference_right", "importance", "removal",
 )  # fmt: skip
 MEANS = (
     "previous", "next", "same", "first", "separator", "sink", "distance", "entropy", "induction", "duplicate",

@@ -25,6 +25,7 @@ SAID = {
     "induction": "weight on what followed the same token before (random tokens, twice)",
     "duplicate": "weight on the same token before (random tokens, twice)",
     "coreference": "weight of a pronoun on its noun, less that on the other noun",
+    "coreference_right": "share of the probes in which its noun gets more than the other",
     "importance": "mean |∂loss / ∂gate|",
     "removal": "loss without the head, less the loss with it",
 }

@@ -98,7 +98,8 @@ def routed(model: Any) -> Iterator[None]:
 
     from regard import huggingface
 
-    if isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel):
+    others = isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel)
+    if others:
         from regard.lens.capture import captured
 
         with captured(model):
