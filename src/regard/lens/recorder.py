@@ -94,12 +94,9 @@ def record(
 @contextmanager
 def routed(model: Any) -> Iterator[None]:
     """Route a model's attention through regard for a while; what `prepare` changed comes back."""
-    from transformers import PreTrainedModel
-
     from regard import huggingface
 
-    others = isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel)
-    if others:
+    if _is_plain(model):
         from regard.lens.capture import captured
 
         with captured(model):
@@ -129,6 +126,13 @@ def routed(model: Any) -> Iterator[None]:
             module.__dict__.update(changed)
         for config, choice in found.values():
             config._attn_implementation_internal = choice
+
+
+def _is_plain(model: Any) -> bool:
+    """Whether this is a torch module that transformers has no hand in."""
+    from transformers import PreTrainedModel
+
+    return isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel)
 
 
 class _Recorder:
