@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention as taken_early
 
 import regard
 from agreement import tolerance
-from regard.accelerate import Report, _mask_and_bias, _switch
+from regard.accelerate import Report, _switch, mask_and_bias
 
 INF = math.inf
 pytestmark = pytest.mark.usefixtures("native")
@@ -128,12 +128,12 @@ def test_a_float32_mask_beside_half_tensors_gives_what_pytorch_gives(gradient):
 
 
 def test_a_mask_expanded_without_memory_is_read_once_along_that_axis():
-    mask, bias = _mask_and_bias(torch.eye(6, dtype=torch.bool).expand(4, 8, 6, 6))
+    mask, bias = mask_and_bias(torch.eye(6, dtype=torch.bool).expand(4, 8, 6, 6))
     assert bias is None
     assert mask is not None and mask.extent() == (1, 1)
     repeated = (torch.rand(4, 1, 1, 6) > 0.5).repeat(1, 8, 1, 1)  # as MultiheadAttention makes it
     repeated[0, :, :, :3] = torch.tensor([True, False, True])
-    mask, _ = _mask_and_bias(torch.zeros(4, 8, 1, 6).masked_fill(~repeated, -INF))
+    mask, _ = mask_and_bias(torch.zeros(4, 8, 1, 6).masked_fill(~repeated, -INF))
     assert mask is not None and mask.extent()[1] == 1
 
 

@@ -205,24 +205,24 @@ def _sdpa(
     if not _switch.active:
         return _SDPA.decompose(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     why = _watched((query, key, value, attn_mask)) or _unfit(query, key, value, attn_mask, dropout_p, is_causal, scale)
-    layout = None
+    found = None
     if why is None:
-        layout = _layout(query, key, value, attn_mask, enable_gqa)
-        if layout is None:
+        found = layout(query, key, value, attn_mask, enable_gqa)
+        if found is None:
             why = "shapes that PyTorch itself must judge"
-    if layout is None:
+    if found is None:
         _switch.local.counted = False
         out = _SDPA.decompose(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         if not _switch.local.counted:  # else it has come by again, as the fused kernel
             _switch.count(why)
         return out
-    q, k, v, given, lead = layout
+    q, k, v, given, lead = found
     # PyTorch's fused kernel lays the result out as q, its other one row by row.
     choice = torch._fused_sdp_choice(  # pyright: ignore[reportPrivateImportUsage]
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
     fused = lead is None and choice == _FLASH
-    mask, bias = _mask_and_bias(given) if given is not None else (_TOP_LEFT if is_causal else None, None)
+    mask, bias = mask_and_bias(given) if given is not None else (_TOP_LEFT if is_causal else None, None)
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
     wanted = _wants_gradient(query, key, value, *(() if bias is None else (bias,)))
     if dropout_p or wanted:
@@ -300,7 +300,7 @@ def _unfit(
     return None
 
 
-def _layout(
+def layout(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...] | None] | None:
     """q, k, v and mask with 4 axes, and the leading axes of the result where they are not (batch, num_heads).
@@ -336,7 +336,7 @@ def _layout(
     return q, k, v, attn_mask, lead
 
 
-def _mask_and_bias(given: Tensor) -> tuple[Mask | None, Tensor | None]:
+def mask_and_bias(given: Tensor) -> tuple[Mask | None, Tensor | None]:
     """PyTorch's mask of 4 axes as a mask, or as a bias; axes along which it is the same are taken once."""
     for axis in range(4):
         if given.shape[axis] > 1 and given.stride(axis) == 0:
@@ -421,7 +421,7 @@ def _unfit_fused(
 ) -> str | None:  # fmt: skip
     if dropout_p:
         return "dropout_p in PyTorch's fused kernel"
-    if _layout(query, key, value, attn_mask, True) is None or query.dim() != 4:
+    if layout(query, key, value, attn_mask, True) is None or query.dim() != 4:
         return "shapes that PyTorch itself must judge"
     return _unfit(query, key, value, attn_mask, 0.0, is_causal, scale)
 
@@ -429,7 +429,7 @@ def _unfit_fused(
 def _fused_mask(attn_mask: Tensor | None, is_causal: bool) -> tuple[Mask | None, Tensor | None]:
     if attn_mask is None:
         return _TOP_LEFT if is_causal else None, None
-    return _mask_and_bias(attn_mask[(None,) * (4 - attn_mask.dim())])
+    return mask_and_bias(attn_mask[(None,) * (4 - attn_mask.dim())])
 
 
 def _original(name: str, *inputs: Any, **terms: Any) -> Any:

@@ -1,7 +1,7 @@
-"""The command line: `regard look` shows what a model attends to, `regard bench` how fast attention is here.
+"""The command line: `regard look` shows what a model attends to, `heads` what each head does, `bench` how fast it is.
 
-Enters: a text, the name of a model, what to look for; what to measure.
-Leaves: coloured tables in the terminal, and the page in a browser or in a file.
+Enters: a text or a corpus, the name of a model, what to look for; what to measure.
+Leaves: coloured tables in the terminal; the page in a browser or in a file; reports; a smaller model.
 A refusal is one sentence and status 1.
 Top floor: thin; everything heavy is imported when it is used."""
 
@@ -156,6 +156,103 @@ def bench(
         raise typer.Exit(_refused(refused, "bench")) from None
 
 
+@app.command()
+def heads(
+    model: Annotated[str, typer.Argument(help="A model, named as for look; it reads one text.")],
+    corpus: Annotated[Path, typer.Argument(help="A text file with one text a line.")],
+    out: Annotated[Path, typer.Option(help="The directory to write to; a run that was stopped goes on there.")],
+    probes: Annotated[
+        Path | None, typer.Option(help="Pronouns: GAP's .tsv, or blocks with [MASK]; default ten sentences with it.")
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens read together.")] = 128,
+    windows: Annotated[int | None, typer.Option(help="Stop after so many windows; default the whole file.")] = None,
+    removal: Annotated[int, typer.Option(help="Windows on which each head is removed in turn; 0 for none.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
+    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Skip broken lines, and name them.")] = False,
+    parquet: Annotated[bool, typer.Option("--parquet", help="Write heads.parquet too (needs pyarrow).")] = False,
+) -> None:
+    """Score what each head of a model does over a corpus; writes heads.json and report.html."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    try:
+        from regard.lens import heads_files
+        from regard.lens import probes as probing
+        from regard.lens.heads import Settings, score_heads
+        from regard.lens.models import load
+
+        heads_files.check(parquet)
+        settings = Settings(window=window, most_windows=windows, removal=removal, seed=seed, skip_broken=skip_broken)
+        with _progress() as report:
+            loaded = load(model, report)
+            mask = getattr(loaded.tokenizer, "mask_token", None)
+            chosen, broken = (probing.built_in(), []) if probes is None else probing.read(probes, mask, skip_broken)
+            told = score_heads(loaded, corpus, out, chosen, settings, report)
+        written = heads_files.write(told, out, parquet)
+        for line in [*broken, *told["skipped"]]:
+            console.print(f"skipped {line}", style="dim", markup=False, soft_wrap=True)
+        heads_files.show(console, told)
+        console.print(f"Wrote {', '.join(map(str, written))}", soft_wrap=True, markup=False)
+    except (ImportError, OSError, ValueError) as refused:
+        raise typer.Exit(_refused(refused)) from None
+
+
+@app.command()
+def prune(
+    model: Annotated[str, typer.Argument(help="A decoder, named as for look.")],
+    corpus: Annotated[Path, typer.Argument(help="A text file with one text a line, to tell which heads matter.")],
+    out: Annotated[Path, typer.Option(help="The directory for the smaller model and the report; made here.")],
+    keep: Annotated[float, typer.Option(help="Share of the heads to keep, in every layer the same number.")] = 0.8,
+    window: Annotated[int, typer.Option(help="Tokens read together.")] = 64,
+    windows: Annotated[int, typer.Option(help="Windows of the corpus to read, half of them to choose by.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the random order that is compared.")] = 0,
+) -> None:
+    """Remove the heads of least importance from a model for good; checks, saves and reports what it lost."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    try:
+        from regard.lens.models import load
+        from regard.lens.pruning import prune_model
+
+        with _progress() as report:
+            loaded = load(model, report)
+            told = prune_model(
+                loaded, corpus, out, keep=keep, window=window, windows=windows, seed=seed, progress=report
+            )
+        console.print(told["summary"], soft_wrap=True, markup=False)
+        console.print(f"Wrote {out}", soft_wrap=True, markup=False)
+    except (ImportError, OSError, ValueError) as refused:
+        raise typer.Exit(_refused(refused)) from None
+
+
+@app.command()
+def trust(
+    model: Annotated[str, typer.Argument(help="A decoder, named as for look.")],
+    corpus: Annotated[Path, typer.Argument(help="A text file with one sentence a line.")],
+    out: Annotated[Path, typer.Option(help="The .md file to write the table to.")],
+    sentences: Annotated[int, typer.Option(help="How many sentences.")] = 100,
+) -> None:
+    """Test over many sentences which attribution finds the tokens that matter, beside random orders."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    try:
+        from regard.lens.heads import write_whole
+        from regard.lens.models import load
+        from regard.lens.trusting import trust_corpus, trust_markdown
+
+        if out.suffix != ".md":
+            raise ValueError(f"trust: --out must be a .md file; got {out}. Name one.")
+        with _progress() as report:
+            told = trust_corpus(load(model, report), corpus, sentences, report)
+        command = f"regard trust {model} {corpus} --out {out} --sentences {sentences}"
+        write_whole(out, trust_markdown(told, command))
+        console.print(f"Wrote {out}", soft_wrap=True, markup=False)
+    except (ImportError, OSError, ValueError) as refused:
+        raise typer.Exit(_refused(refused)) from None
+
+
 def _look(
     console: Console,
     text: str | None,
@@ -211,7 +308,9 @@ def _look(
                 webbrowser.open(address)
 
         assert listening is not None
-        server.serve(listening, view, again, started)
+        from regard.lens.asking import ASKS
+
+        server.serve(listening, view, again, started, ASKS)
     finally:
         if listening is not None:
             listening.close()

@@ -1,4 +1,4 @@
-"""Watching the attention calls of a model.
+"""Watching the attention calls of a model, and changing what they give.
 
 Enters: a callback, and a model whose modules have names.
 Leaves: a `Call` for every attention call that a layer makes while `observe` lasts: those of `regard.nn`, and those of
@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -50,8 +50,15 @@ class Call:
     out: Tensor
     lse: Tensor
 
+    def detached(self) -> Call:
+        """The same without its part in a graph of autograd."""
+        names = ("q", "k", "v", "bias", "diagonal", "sinks", "out", "lse")
+        held = {name: own for name in names if (own := getattr(self, name)) is not None and own.requires_grad}
+        return replace(self, **{name: own.detach() for name, own in held.items()}) if held else self
+
 
 _observers: ContextVar[tuple[Callable[[Call], None], ...]] = ContextVar("regard_observers", default=())
+_changes: ContextVar[tuple[Callable[[Call], Tensor], ...]] = ContextVar("regard_changes", default=())
 _names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
@@ -85,6 +92,42 @@ def observe(callback: Callable[[Call], None], model: nn.Module | None = None) ->
         _observers.reset(token)
 
 
+@contextmanager
+def intervene(change: Callable[[Call], Tensor], model: nn.Module | None = None) -> Iterator[None]:
+    """Put what `change(Call)` returns in the place of every routed attention call's output, in this context.
+
+    The output is that of the heads before the output projection. The call's tensors are not detached, so that gradients
+    flow through what `change` returns; observers see the changed output.
+
+    Args:
+        change: receives one `Call` at a time, returns `(batch, num_heads, seq_len_q, head_dim_v)`; `call.out` where
+            nothing changes, which keeps the bits.
+        model: names the calls' modules; not needed after `prepare(model)`.
+
+    Example:
+        >>> import torch, regard.huggingface
+        >>> from transformers import BertConfig, BertModel
+        >>> config = BertConfig(
+        ...     hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9
+        ... )
+        >>> model = regard.huggingface.prepare(BertModel(config).eval())
+        >>> with torch.no_grad(), regard.huggingface.intervene(lambda call: call.out * 0):
+        ...     _ = model(torch.tensor([[1, 2, 3]]))
+    """
+    if model is not None:
+        learn_names(model)
+    token = _changes.set((*_changes.get(), change))
+    try:
+        yield
+    finally:
+        _changes.reset(token)
+
+
+def changes() -> tuple[Callable[[Call], Tensor], ...]:
+    """What the open contexts of `intervene` do, the outermost first."""
+    return _changes.get()
+
+
 def observers() -> tuple[Callable[[Call], None], ...]:
     """The callbacks of the contexts that are open."""
     return _observers.get()
@@ -115,4 +158,7 @@ def is_cross(module: nn.Module) -> bool:
     if getattr(module, "is_cross_attention", False):
         return True
     said = f"{type(module).__name__}.{name_of(module) or ''}".lower()
-    return re.search(r"cross_?att|encoder_attn|encdecattention|encoder_decoder_att|cross_?attn", said) is not None
+    return (
+        re.search(r"cross_?att|encoder_attn|encdecattention|encoder_decoder_att|cross_?attn|multihead_attn$", said)
+        is not None
+    )

@@ -11,9 +11,9 @@ from regard.huggingface.cache import Cache
 from regard.huggingface.families import guard, prepare
 from regard.huggingface.routed_mask import regard_mask
 from regard.huggingface.routing import regard_attention
-from regard.observe import Call, observe
+from regard.observe import Call, intervene, observe
 
-__all__ = ["Cache", "Call", "observe", "prepare"]
+__all__ = ["Cache", "Call", "intervene", "observe", "prepare"]
 
 AttentionInterface.register("regard", regard_attention)
 AttentionMaskInterface.register("regard", regard_mask)

@@ -29,7 +29,7 @@ from regard.huggingface.arguments import (
 from regard.huggingface.routed_mask import RoutedMask
 from regard.huggingface.step import step
 from regard.mask_algebra import Mask
-from regard.observe import Call, is_cross, layer_index, name_of, observers
+from regard.observe import Call, changes, is_cross, layer_index, name_of, observers
 from regard.positions import Frame
 
 # Names that change a result and that regard cannot honour: better an error than another model's answer.
@@ -114,7 +114,7 @@ def regard_attention(
         and s_aux is None
         and sinks is None
         and not (dropout and module.training)
-        and not observers()
+        and not (observers() or changes())
         and (out := step(query, key, value, attention_mask, scale, softcap)) is not None
     ):
         return out, None
@@ -146,7 +146,7 @@ def regard_attention(
         query,
         key,
         value,
-        wants_lse=bool(observers()) or per_query is not None,
+        wants_lse=bool(observers() or changes()) or per_query is not None,
         mask=mask,
         bias=bias if diagonal is None else DiagonalBias(diagonal),
         scale=scale,
@@ -159,29 +159,32 @@ def regard_attention(
     if per_query is not None and lse is not None:  # softmax with a sink = softmax without · sigmoid(lse − sink)
         out = out * torch.sigmoid(lse[..., None] - per_query.to(lse.dtype)).to(out.dtype)
         lse = torch.logaddexp(lse, per_query[..., 0].to(lse.dtype))
-    for callback in observers():
+    if observers() or changes():
         assert lse is not None
-        callback(
-            Call(
-                module=module,
-                name=name_of(module),
-                layer_index=layer_index(module),
-                is_cross=is_cross(module),
-                q=query.detach(),
-                k=key.detach(),
-                v=value.detach(),
-                mask=mask,
-                bias=None if bias is None else bias.detach(),
-                diagonal=diagonal,
-                sinks=None if per_head is None else per_head.detach(),
-                scale=scale,
-                softcap=softcap,
-                query_offset=int(frame.query_offset),
-                key_offset=int(frame.key_offset),
-                out=out.detach(),
-                lse=lse.detach(),
-            )
+        call = Call(
+            module=module,
+            name=name_of(module),
+            layer_index=layer_index(module),
+            is_cross=is_cross(module),
+            q=query,
+            k=key,
+            v=value,
+            mask=mask,
+            bias=bias,
+            diagonal=diagonal,
+            sinks=per_head,
+            scale=scale,
+            softcap=softcap,
+            query_offset=int(frame.query_offset),
+            key_offset=int(frame.key_offset),
+            out=out,
+            lse=lse,
         )
+        for change in changes():
+            call = replace(call, out=change(call))
+        out, seen = call.out, call.detached()
+        for callback in observers():
+            callback(seen)
     return out.transpose(1, 2).contiguous(), None
 
 

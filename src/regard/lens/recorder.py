@@ -1,14 +1,12 @@
 """Recording a model while it runs.
 
-Enters: a transformers model that `regard.huggingface.prepare` can route.
+Enters: a transformers model that `regard.huggingface.prepare` can route, or any torch module.
 Leaves: a `Recording`, filled by every attention call inside the `with` block; the forward keeps its bits.
 Each call costs one pass for its statistics; keys that a cache hands over again are compared, and kept once.
 Floor 5: stands on regard.huggingface.observe and regard.op.statistics."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 from regard.lens.fingerprint import Weights, model_facts, tokenizer_facts, versions
 from regard.lens.growing import GrowingLayer
+from regard.lens.numbering import Numbering, Place
 from regard.lens.recording import Recording
 
 STATISTICS = ("received", "entropy", "max_score", "top_keys")
@@ -34,11 +33,12 @@ def record(
     tokenizer: Any = None,
     texts: Iterable[str] = (),
 ) -> Iterator[Recording]:
-    """Record the attention of a transformers model while the block lasts.
+    """Record the attention of a model while the block lasts.
 
     Args:
-        model: any model that transformers routes through its AttentionInterface; its own choice of attention comes back
-            after the block.
+        model: any model that transformers routes through its AttentionInterface, whose own choice of attention comes
+            back after the block; or any other torch module: its calls of scaled_dot_product_attention and of
+            torch.nn.MultiheadAttention are recorded under their modules' names.
         layers: layer numbers to keep. Default all.
         dtype: what q and k are kept in (torch.bfloat16 halves them). Default as they are. lse and statistics stay
             exact, so that tiles from narrower q and k differ by that rounding.
@@ -81,7 +81,7 @@ def record(
     )
     wanted = None if layers is None else {int(number) for number in layers}
     recorder = _Recorder(model, recording, wanted, dtype, chosen, top_k)
-    with _routed(model), recorder.passes(), huggingface.observe(recorder.see):
+    with routed(model), recorder.passes(), huggingface.observe(recorder.see):
         yield recording
     recorder.finish()
     if tokenizer is not None and not recording.texts:
@@ -92,10 +92,16 @@ def record(
 
 
 @contextmanager
-def _routed(model: Any) -> Iterator[None]:
+def routed(model: Any) -> Iterator[None]:
     """Route a model's attention through regard for a while; what `prepare` changed comes back."""
     from regard import huggingface
 
+    if _is_plain(model):
+        from regard.lens.capture import captured
+
+        with captured(model):
+            yield
+        return
     found = {}
     queue = [module.config for module in model.modules() if hasattr(module, "config")]
     while queue:
@@ -122,6 +128,13 @@ def _routed(model: Any) -> Iterator[None]:
             config._attn_implementation_internal = choice
 
 
+def _is_plain(model: Any) -> bool:
+    """Whether this is a torch module that transformers has no hand in."""
+    from transformers import PreTrainedModel
+
+    return isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel)
+
+
 class _Recorder:
     """Turns the calls of one `with` block into layers and steps."""
 
@@ -136,17 +149,11 @@ class _Recorder:
     ) -> None:
         self.model, self.recording, self.wanted, self.dtype = model, recording, wanted, dtype
         self.statistics, self.top_k = statistics, top_k
-        self.names: dict[int, str] = {}
-        for name, module in model.named_modules():
-            self.names.setdefault(id(module), name)
-        paired = getattr(model.config, "is_encoder_decoder", False)
-        self.encoder = model.get_encoder() if paired else None
-        self.encoder_prefix = self.names.get(id(self.encoder), "") + "." if paired else ""
-        self.layers: dict[tuple[str, int, str, int], GrowingLayer] = {}
+        self.numbering = Numbering(model)
+        self.encoder = self.numbering.encoder
+        self.layers: dict[Place, GrowingLayer] = {}
         self.numbers: set[int] = set()
         self.depth = self.number_of_pass = 0
-        self.calls_in_pass: Counter[int] = Counter()  # of a module
-        self.order_in_pass: Counter[str] = Counter()  # of a kind
         self.sequences: dict[tuple[str, int], int] = {}  # (kind, pass) -> sequence
         self.inputs: list[tuple[str, int, Tensor]] = []  # (side, pass, token ids)
         self.biases: dict[int, tuple[Tensor, Tensor]] = {}  # of this pass: (as handed over, as kept)
@@ -167,18 +174,17 @@ class _Recorder:
 
     def see(self, call: Any) -> None:
         """Keep one routed attention call."""
-        name = self.names.get(id(call.module))
-        if name is None or torch._C._current_graph_task_id() != -1:  # another model's, or recomputed by a backward pass
+        known = id(call.module) in self.numbering.names
+        if not known or torch._C._current_graph_task_id() != -1:  # another model's, or recomputed by a backward pass
             return
         if not self.depth:
             self._next_pass()
-        kind = self._kind(call, name)
-        again = self.calls_in_pass[id(call.module)]
-        number = self._number(call.module, name, kind, again)
-        sequence = self._sequence(call, kind)
-        self.numbers.add(number)
-        if self.wanted is None or number in self.wanted:
-            layer = self.layers.setdefault((name, number, kind, again), GrowingLayer(self.dtype))
+        place = self.numbering.place(call)
+        assert place is not None
+        sequence = self._sequence(call, place.kind)
+        self.numbers.add(place.number)
+        if self.wanted is None or place.number in self.wanted:
+            layer = self.layers.setdefault(place, GrowingLayer(self.dtype))
             with torch.inference_mode(False), torch.no_grad():  # what is kept shall be usable everywhere
                 layer.add(sequence, call, self._keep(call.bias), self._keep(call.diagonal), self._statistics(call))
 
@@ -221,29 +227,8 @@ class _Recorder:
 
     def _next_pass(self) -> None:
         self.number_of_pass += 1
-        self.calls_in_pass.clear()
-        self.order_in_pass.clear()
+        self.numbering.next_pass()
         self.biases.clear()
-
-    def _kind(self, call: Any, name: str) -> str:
-        if call.is_cross:
-            return "cross"
-        if self.encoder is not None:
-            return "encoder" if name.startswith(self.encoder_prefix) else "decoder"
-        program = "" if call.mask is None else call.mask.encode()[0]
-        causal = bool(getattr(call.module, "is_causal", False)) or "causal" in program.split()
-        return "decoder" if causal else "encoder"
-
-    def _number(self, module: nn.Module, name: str, kind: str, again: int) -> int:
-        """The module's own layer index, else the one number in its name, else its turn in the pass."""
-        turn = self.order_in_pass[kind]
-        self.order_in_pass[kind] += 1
-        self.calls_in_pass[id(module)] += 1
-        index = getattr(module, "layer_idx", None)
-        in_name = re.findall(r"(?<=\.)\d+(?=\.)", f".{name}.")
-        if isinstance(index, int) and not again:
-            return index
-        return int(in_name[0]) if len(in_name) == 1 and not again else turn
 
     def _sequence(self, call: Any, kind: str) -> int:
         """Which text a call belongs to: one whose keys are just its queries begins a new one."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import socket
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,16 @@ class View:
     page: dict[str, Any]
 
 
-def application(view: View, run: Callable[[str], View], port: int, started: Callable[[], None] | None = None) -> Any:
+Asks = Mapping[str, Callable[[Look, Any], dict[str, Any]]]
+
+
+def application(
+    view: View,
+    run: Callable[[str], View],
+    port: int,
+    started: Callable[[], None] | None = None,
+    asks: Asks | None = None,
+) -> Any:
     """The page as an ASGI application.
 
     Args:
@@ -53,6 +63,8 @@ def application(view: View, run: Callable[[str], View], port: int, started: Call
         run: runs a text; raises ValueError with a sentence for people where it cannot.
         port: where it is served, for the check of Host and Origin.
         started: called once, when it can be reached.
+        asks: what can be asked of the model about the text that is shown, by name: POST /api/NAME with JSON; ValueError
+            where it cannot be answered. "text" in the JSON, if there, must be the text that is shown.
     """
     from starlette.applications import Starlette
     from starlette.requests import ClientDisconnect, Request
@@ -77,9 +89,8 @@ def application(view: View, run: Callable[[str], View], port: int, started: Call
             found.bytes(), media_type="application/octet-stream", headers={"X-Shape": shape, "X-Dtype": found.dtype}
         )
 
-    async def again(request: Request) -> Response:
-        from starlette.concurrency import run_in_threadpool
-
+    async def received(request: Request) -> Any:
+        """The JSON of a request, or the refusal."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             return _sentence(415, "Send the text as JSON.")
         body = bytearray()
@@ -91,13 +102,45 @@ def application(view: View, run: Callable[[str], View], port: int, started: Call
         except ClientDisconnect:
             return Response(status_code=400)
         try:
-            asked = json.loads(bytes(body))
-            text = asked["text"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return _sentence(400, 'Send {"text": "a sentence"}.')
+            return json.loads(bytes(body))
+        except (ValueError, RecursionError):
+            return None
+
+    async def again(request: Request) -> Response:
+        from starlette.concurrency import run_in_threadpool
+
+        asked = await received(request)
+        if isinstance(asked, Response):
+            return asked
+        text = asked.get("text") if isinstance(asked, dict) else None
         if not isinstance(text, str):
             return _sentence(400, 'Send {"text": "a sentence"}.')
         return await run_in_threadpool(answer, text)
+
+    def asking(ask: Callable[[Look, Any], dict[str, Any]]) -> Callable[[Request], Awaitable[Response]]:
+        async def asked(request: Request) -> Response:
+            from starlette.concurrency import run_in_threadpool
+
+            given = await received(request)
+            if isinstance(given, Response):
+                return given
+            if not isinstance(given, dict):
+                return _sentence(400, "Send a JSON object.")
+            return await run_in_threadpool(told, ask, given)
+
+        return asked
+
+    def told(ask: Callable[[Look, Any], dict[str, Any]], given: dict[str, Any]) -> Response:
+        with busy:
+            look = state["view"].look
+            if given.get("text", look.text) != look.text:
+                return _sentence(409, "Another text is shown by now. Reload the page.")
+            try:
+                return Response(script_json(ask(look, given)), media_type="application/json")
+            except ValueError as refused:
+                return _sentence(422, _plain(str(refused)))
+            except Exception as failed:  # the page must say so; the server goes on
+                return _sentence(500, f"The model failed: {type(failed).__name__}: {failed}")
 
     def answer(text: str) -> Response:
         with busy:
@@ -123,6 +166,7 @@ def application(view: View, run: Callable[[str], View], port: int, started: Call
         Route("/api/payload", payload, methods=["GET"]),
         Route("/api/blob/{key:path}", numbers, methods=["GET"]),
         Route("/api/run", again, methods=["POST"]),
+        *(Route(f"/api/{name}", asking(ask), methods=["POST"]) for name, ask in (asks or {}).items()),
     ]
     return _guarded(Starlette(routes=routes, lifespan=life), port)
 
@@ -159,7 +203,11 @@ def bind(port: int | None) -> socket.socket:
 
 
 def serve(
-    listening: socket.socket, view: View, run: Callable[[str], View], started: Callable[[str], None] | None = None
+    listening: socket.socket,
+    view: View,
+    run: Callable[[str], View],
+    started: Callable[[str], None] | None = None,
+    asks: Asks | None = None,
 ) -> None:
     """Serve the page until Ctrl-C.
 
@@ -168,11 +216,12 @@ def serve(
         view: what is shown first.
         run: runs a text.
         started: called with the page's address, when it can be reached.
+        asks: as in `application`.
     """
     import uvicorn
 
     port = listening.getsockname()[1]
-    app = application(view, run, port, lambda: started(f"http://{HOST}:{port}/") if started else None)
+    app = application(view, run, port, lambda: started(f"http://{HOST}:{port}/") if started else None, asks)
     config = uvicorn.Config(
         app, log_level="error", access_log=False, server_header=False, timeout_graceful_shutdown=1, ws="none"
     )
@@ -219,5 +268,5 @@ def _guarded(app: Any, port: int) -> Any:
 
 def _plain(sentence: str) -> str:
     """An error without the name of the function that raised it."""
-    words = sentence.removeprefix("look: ")
+    words = re.sub(r"^(look|effects|trust): ", "", sentence)
     return words[:1].upper() + words[1:]
