@@ -261,6 +261,12 @@ def saved_html(payload, blobs):
     return page.replace(slot, slot.replace("null", text))
 
 
+def page_script():
+    """The page's own code, as it stands in the built page."""
+    html = (PAGE / "index.html").read_text(encoding="utf-8")
+    return html.partition('<script id="regard-script">')[2].partition("</script>")[0]
+
+
 def draw_arguments(payload, blobs, **options):
     """The three strings that `regardDraw` takes."""
     raw = {key: blob_entry(array, zipped=False) for key, array in blobs.items()}

@@ -21,6 +21,7 @@ from regard.lens.payload import NUMBERS, blob, saved
 
 FORMATS = (".html", ".svg", ".png", ".json")
 SLOT = '<script type="application/json" id="regard-payload">null</script>'
+SCRIPT = '<script id="regard-script">'
 FONT = "DejaVu Sans"  # where it is not there, resvg takes another
 LARGEST_SCRIPT = 512_000_000
 LONGEST_DRAWING = 60
@@ -70,6 +71,11 @@ def page_html(page: dict[str, Any] | None = None) -> str:
     return html.replace(SLOT, SLOT.replace("null", script_json(page)))
 
 
+def page_script() -> str:
+    """The page's own code, which draws without a browser too."""
+    return page_html().partition(SCRIPT)[2].partition("</script>")[0]
+
+
 def script_json(value: Any) -> str:
     """JSON that may stand inside a script element."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
@@ -109,7 +115,7 @@ def draw(look: Look, page: dict[str, Any], width: int = 1280, theme: str = "ligh
         raise ValueError(
             "look: --save to .svg or .png must be drawn with quickjs-ng; got none. Run: pip install 'regard[look]'."
         ) from None
-    script = resources.files("regard.lens").joinpath("page/draw.js").read_text("utf-8")
+    script = page_script()
     chosen = page["selection"]
     keys = [f"thumbs/{index}" for index in range(len(look.attentions))]
     keys += [f"{name}/{chosen['attention']}/{chosen['layer']}" for name in NUMBERS]
