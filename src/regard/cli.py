@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from socket import socket
+
     from rich.console import Console
 
     from regard.lens.links import Found
     from regard.lens.look import Look
-    from regard.lens.server import View
+    from regard.lens.server import Effect, View
 
 app = typer.Typer(
     add_completion=False,
@@ -62,7 +64,7 @@ def _root(
 @app.command()
 def look(
     text: Annotated[
-        str | None, typer.Argument(help="What the model reads; for a speech model the path of a .wav file.")
+        str | None, typer.Argument(help="What the model reads; for a speech model the path of a .wav file; or the directory of a recording.")
     ] = None,
     model: Annotated[
         str,
@@ -116,7 +118,11 @@ def _look(
     listening = server.bind(port) if save is None else None
     try:
         from regard.lens.look import default_text, look
+        from regard.lens.opened import is_recording
 
+        if text is not None and is_recording(text):
+            _look_at_recording(console, text, layer, head, find, save, listening, no_browser)
+            return
         with _progress() as report:
             from regard.lens.models import load
 
@@ -145,16 +151,63 @@ def _look(
                 )
             return _view(look(loaded, new), None, None, None, live=True)[0]
 
-        def started(address: str) -> None:
-            console.print(f"\n{address}   Ctrl-C stops it", soft_wrap=True, markup=False)
-            if not no_browser and _has_browser():
-                webbrowser.open(address)
-
         assert listening is not None
-        server.serve(listening, view, again, started)
+        server.serve(listening, view, again, _started(console, no_browser), effect=_effect())
     finally:
         if listening is not None:
             listening.close()
+
+
+def _look_at_recording(
+    console: Console,
+    directory: str,
+    layer: int | None,
+    head: int | None,
+    find: tuple[str, str] | None,
+    save: Path | None,
+    listening: socket | None,
+    no_browser: bool,
+) -> None:
+    from regard.lens import export, server
+    from regard.lens.opened import look_at
+    from regard.lens.recording import Recording
+
+    recording = Recording.open(directory)
+
+    def turn(window: int) -> View:
+        return _view(look_at(recording, window), None, None, None, live=True)[0]
+
+    def refuse(_text: str) -> View:
+        raise ValueError("look: text must be run by a model; got a recording, which holds none. Run regard look TEXT.")
+
+    view, found = _view(look_at(recording), layer, head, find, live=save is None)
+    _print_links(console, view, found, find, layer, head)
+    if save is not None:
+        export.write(save, view.look, view.page)
+        console.print(f"Wrote {save}", soft_wrap=True, markup=False)
+        return
+    assert listening is not None
+    server.serve(listening, view, refuse, _started(console, no_browser), turn=turn)
+
+
+def _effect() -> Effect | None:
+    """What measures a cut for the page; None where this version has none."""
+    from importlib.util import find_spec
+
+    if find_spec("regard.lens.effects") is None:
+        return None
+    from importlib import import_module
+
+    return getattr(import_module("regard.lens.effects"), "page_effect", None)
+
+
+def _started(console: Console, no_browser: bool) -> Callable[[str], None]:
+    def started(address: str) -> None:
+        console.print(f"\n{address}   Ctrl-C stops it", soft_wrap=True, markup=False)
+        if not no_browser and _has_browser():
+            webbrowser.open(address)
+
+    return started
 
 
 def _view(
@@ -187,6 +240,12 @@ def _print_links(
     if found is not None and find is not None:
         console.print(table.found_table(seen, selection["attention"], found, find))
     only = (layer, head) if found is None else (selection["layer"], selection["head"])
+    if seen.long(selection["attention"]):
+        tokens = len(seen.sides[attention.query_side].tokens)
+        console.print(f"{tokens:,} tokens: the page shows their map, and what any word looks at")
+        for note in seen.notes:
+            console.print(escape(note), style="dim")
+        return
     links_table, apart = table.links_table(seen, selection["attention"], *only)
     console.print(links_table)
     console.print(apart)

@@ -1,7 +1,7 @@
 """The live page on this machine.
 
-Enters: a first view, and a function that runs another text through the model.
-Leaves: a page on 127.0.0.1: its JSON, its numbers by key, and new texts on request.
+Enters: a first view, and functions that run another text through the model, open another text, measure an effect.
+Leaves: a page on 127.0.0.1: its JSON, its numbers by key, tiles of its maps, and new texts on request.
 Only this machine is answered: the socket is bound to loopback, Host and Origin are checked, bodies are bounded.
 Floor 6: starlette and uvicorn, loaded when it is served."""
 
@@ -18,12 +18,15 @@ from typing import Any
 
 from regard.lens.export import page_html, script_json
 from regard.lens.look import Look
-from regard.lens.payload import blob
+from regard.lens.maps import Maps
+from regard.lens.payload import Blob, blob
 
 HOST = "127.0.0.1"
 PORT = 8765
+CUTS = ("edge", "head", "token", "span")
 TRIES = 20
 LARGEST_BODY = 1_000_000
+MOST_AT_ONCE = 24  # requests for numbers that are answered at a time; a browser sends six
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": (
@@ -45,7 +48,18 @@ class View:
     page: dict[str, Any]
 
 
-def application(view: View, run: Callable[[str], View], port: int, started: Callable[[], None] | None = None) -> Any:
+Effect = Callable[[Look, dict[str, Any]], dict[str, Any]]
+
+
+def application(
+    view: View,
+    run: Callable[[str], View],
+    port: int,
+    started: Callable[[], None] | None = None,
+    *,
+    turn: Callable[[int], View] | None = None,
+    effect: Effect | None = None,
+) -> Any:
     """The page as an ASGI application.
 
     Args:
@@ -53,61 +67,114 @@ def application(view: View, run: Callable[[str], View], port: int, started: Call
         run: runs a text; raises ValueError with a sentence for people where it cannot.
         port: where it is served, for the check of Host and Origin.
         started: called once, when it can be reached.
+        turn: opens another text of the recording; None where there is one text.
+        effect: measures what a cut changes: `{"cut": "edge" | "head" | "token" | "span", ...}` to `{"kl": ...}`; raises
+            ValueError with a sentence where it cannot. None where no model is there to be cut.
     """
     from starlette.applications import Starlette
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 
-    state = {"view": view}
-    busy = threading.Lock()
+    state = {"view": view, "maps": Maps(view.look), "serial": 0}
+    busy, places = threading.Lock(), threading.BoundedSemaphore(MOST_AT_ONCE)
 
     def page(_: Request) -> Response:
         return Response(page_html(), media_type="text/html; charset=utf-8")
 
+    def told() -> Response:
+        content = script_json({**state["view"].page, "serial": state["serial"]})
+        return Response(content, media_type="application/json")
+
     def payload(_: Request) -> Response:
-        return Response(script_json(state["view"].page), media_type="application/json")
+        return told()
 
     def numbers(request: Request) -> Response:
-        found = blob(state["view"].look, request.path_params["key"])
+        if request.query_params.get("serial", str(state["serial"])) != str(state["serial"]):
+            return _sentence(409, "Another text was opened on this server since. Reload the page.")
+        if not places.acquire(blocking=False):
+            return _sentence(429, f"More than {MOST_AT_ONCE} requests at once. Ask again when some are answered.")
+        try:
+            key, share = request.path_params["key"], 1.0
+            found = blob(state["view"].look, key)
+            if found is None:
+                tile = state["maps"].answer(key)
+                found, share = (None, 1.0) if tile is None else (Blob(tile.numbers), tile.share)
+        except ValueError as refused:
+            return _sentence(400, _plain(str(refused)))
+        finally:
+            places.release()
         if found is None:
             return _sentence(404, "There are no such numbers in this recording. Reload the page.")
-        shape = ",".join(map(str, found.shape))
-        return Response(
-            found.bytes(), media_type="application/octet-stream", headers={"X-Shape": shape, "X-Dtype": found.dtype}
-        )
+        headers = {"X-Shape": ",".join(map(str, found.shape)), "X-Dtype": found.dtype, "X-Share": f"{share:.4f}"}
+        return Response(found.bytes(), media_type="application/octet-stream", headers=headers)
 
-    async def again(request: Request) -> Response:
+    async def posted(request: Request, answer: Callable[[dict[str, Any]], Response], what: str) -> Response:
         from starlette.concurrency import run_in_threadpool
 
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            return _sentence(415, "Send the text as JSON.")
+            return _sentence(415, f"Send the {what} as JSON.")
         body = bytearray()
         try:
             async for part in request.stream():
                 body += part
                 if len(body) > LARGEST_BODY:
-                    return _sentence(413, f"The text is longer than {LARGEST_BODY:,} bytes. Send a shorter one.")
+                    return _sentence(413, f"The {what} is longer than {LARGEST_BODY:,} bytes. Send a shorter one.")
         except ClientDisconnect:
             return Response(status_code=400)
         try:
             asked = json.loads(bytes(body))
-            text = asked["text"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return _sentence(400, 'Send {"text": "a sentence"}.')
+        except (ValueError, RecursionError):
+            asked = None
+        return await run_in_threadpool(answer, asked if isinstance(asked, dict) else {})
+
+    async def again(request: Request) -> Response:
+        return await posted(request, read, "text")
+
+    async def turned(request: Request) -> Response:
+        return await posted(request, other, "number")
+
+    async def cut(request: Request) -> Response:
+        return await posted(request, measure, "cut")
+
+    def read(asked: dict[str, Any]) -> Response:
+        text = asked.get("text")
         if not isinstance(text, str):
             return _sentence(400, 'Send {"text": "a sentence"}.')
-        return await run_in_threadpool(answer, text)
+        return show(lambda: run(text))
 
-    def answer(text: str) -> Response:
+    def other(asked: dict[str, Any]) -> Response:
+        index = asked.get("index")
+        if not isinstance(index, int) or isinstance(index, bool):
+            return _sentence(400, 'Send {"index": 0}.')
+        if turn is None:
+            return _sentence(422, "There is one text here. Open a recording of several.")
+        return show(lambda: turn(index))
+
+    def show(make: Callable[[], View]) -> Response:
         with busy:
             try:
-                state["view"] = run(text)
+                fresh = make()
             except ValueError as refused:
                 return _sentence(422, _plain(str(refused)))
             except Exception as failed:  # the page must say so; the server goes on
                 return _sentence(500, f"The model failed: {type(failed).__name__}: {failed}")
-            return Response(script_json(state["view"].page), media_type="application/json")
+            state["maps"].close()
+            state.update(view=fresh, maps=Maps(fresh.look), serial=state["serial"] + 1)
+            return told()
+
+    def measure(asked: dict[str, Any]) -> Response:
+        if asked.get("cut") not in CUTS:
+            return _sentence(400, 'Send {"cut": "edge", "head", "token" or "span", ...}.')
+        if effect is None or state["view"].look.loaded.model is None:
+            return _sentence(422, "Nothing can be cut here: the model is not loaded. Run regard look with a text.")
+        with busy:
+            try:
+                return Response(script_json(effect(state["view"].look, asked)), media_type="application/json")
+            except ValueError as refused:
+                return _sentence(422, _plain(str(refused)))
+            except Exception as failed:  # the page must say so; the server goes on
+                return _sentence(500, f"The model failed: {type(failed).__name__}: {failed}")
 
     def _sentence(status: int, text: str) -> Response:
         return JSONResponse({"error": text}, status_code=status)
@@ -117,12 +184,15 @@ def application(view: View, run: Callable[[str], View], port: int, started: Call
         if started is not None:
             started()
         yield
+        state["maps"].close()
 
     routes = [
         Route("/", page, methods=["GET"]),
         Route("/api/payload", payload, methods=["GET"]),
         Route("/api/blob/{key:path}", numbers, methods=["GET"]),
         Route("/api/run", again, methods=["POST"]),
+        Route("/api/window", turned, methods=["POST"]),
+        Route("/api/effect", cut, methods=["POST"]),
     ]
     return _guarded(Starlette(routes=routes, lifespan=life), port)
 
@@ -159,7 +229,13 @@ def bind(port: int | None) -> socket.socket:
 
 
 def serve(
-    listening: socket.socket, view: View, run: Callable[[str], View], started: Callable[[str], None] | None = None
+    listening: socket.socket,
+    view: View,
+    run: Callable[[str], View],
+    started: Callable[[str], None] | None = None,
+    *,
+    turn: Callable[[int], View] | None = None,
+    effect: Effect | None = None,
 ) -> None:
     """Serve the page until Ctrl-C.
 
@@ -168,11 +244,14 @@ def serve(
         view: what is shown first.
         run: runs a text.
         started: called with the page's address, when it can be reached.
+        turn: opens another text of a recording.
+        effect: measures what a cut changes.
     """
     import uvicorn
 
     port = listening.getsockname()[1]
-    app = application(view, run, port, lambda: started(f"http://{HOST}:{port}/") if started else None)
+    reached = lambda: started(f"http://{HOST}:{port}/") if started else None  # noqa: E731
+    app = application(view, run, port, reached, turn=turn, effect=effect)
     config = uvicorn.Config(
         app, log_level="error", access_log=False, server_header=False, timeout_graceful_shutdown=1, ws="none"
     )
@@ -219,5 +298,5 @@ def _guarded(app: Any, port: int) -> Any:
 
 def _plain(sentence: str) -> str:
     """An error without the name of the function that raised it."""
-    words = sentence.removeprefix("look: ")
+    words = sentence.removeprefix("look: ").removeprefix("map: ").removeprefix("effects: ")
     return words[:1].upper() + words[1:]

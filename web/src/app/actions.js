@@ -53,6 +53,8 @@ export function act(action) {
       return commit({ ...s, view: action.view }, "view");
     case "sort":
       return commit({ ...s, sort: action.sort }, "sort");
+    case "page":
+      return commit({ ...s, first: action.first }, "move page");
     case "attention":
       return commit(S.setAttention(s, r, action.index), "attention");
   }
@@ -81,14 +83,18 @@ export function say(text) {
 }
 
 // A new sentence through the model again.
-export async function runAgain(text) {
-  if (!text.trim()) {
-    run.value = { kind: "failed", title: "Nothing to read.", text: "Type a sentence, then press Enter." };
-    return;
-  }
+export function runAgain(text) {
+  if (text.trim()) return ask("run", { text });
+  run.value = { kind: "failed", title: "Nothing to read.", text: "Type a sentence, then press Enter." };
+}
+
+// Another text of this recording.
+export const openWindow = (index) => ask("window", { index });
+
+async function ask(where, what) {
   run.value = { kind: "running" };
   try {
-    const reply = await fetch("api/run", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ text }) });
+    const reply = await fetch(`api/${where}`, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(what) });
     const answer = await reply.json();
     if (!reply.ok || answer.error) {
       const title = reply.status === 413 || /too long|at most|longer than/i.test(answer.error ?? "") ? "Too long." : "The model could not read this.";

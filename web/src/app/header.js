@@ -7,12 +7,12 @@ import { save } from "./save.js";
 import { recording, run, selection, theme } from "./store.js";
 
 export function Header({ onHelp }) {
-  const { model, live, text } = recording.value.payload;
+  const { model, live, runs = live, text } = recording.value.payload;
   const heads = `${model.num_layers} × ${model.num_heads} heads`;
   return html`<header class="head">
     <h1>regard</h1>
     <p class="facts"><b>${model.name}</b> · ${heads} · exact</p>
-    <${TextField} live=${live} text=${text} key=${text} />
+    <${TextField} live=${runs} text=${text} key=${text} />
     <div class="tools">
       <button type="button" onClick=${turnTheme} aria-label=${`theme: ${theme.value}`}><span aria-hidden="true">◐</span> <span class="wide">${theme.value}</span></button>
       <${SaveMenu} />

@@ -22,7 +22,7 @@ export function onKey(event, { find, help }) {
   if (!recording.value || event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey) return;
   const where = event.target.closest?.("input, textarea, select, dialog, .menu");
   if (where && !(event.key === "Escape" && where.matches("input[readonly]"))) return;
-  if (event.target.matches?.(".sheet, .table") && /^(Arrow|Home|End)/.test(event.key)) return; // these scroll
+  if (event.target.matches?.(".sheet, .table, .plane") && /^(Arrow|Home|End)/.test(event.key)) return; // these scroll
   const s = selection.value;
   const inGrid = Boolean(event.target.closest?.("button.head"));
   const headStep = (layers, heads) => {

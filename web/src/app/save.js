@@ -9,7 +9,7 @@ import { figureView } from "../views/figure.js";
 import { frontOf, spoken } from "../views/inspector.js";
 import { say } from "./actions.js";
 import { gzip } from "./load.js";
-import { rawBlob, recording, selection, theme } from "./store.js";
+import { heldKeys, rawBlob, recording, selection, theme } from "./store.js";
 
 // The page as it came, before anything was drawn into it: taken when the script starts.
 let source = "";
@@ -56,7 +56,8 @@ async function page() {
   const { payload } = recording.value;
   const blobs = payload.live ? await collect(payload) : payload.blobs;
   const s = selection.value;
-  const kept = { ...payload, live: false, view: toHash(s), blobs };
+  const sides = payload.sides.map((side) => (side.packed || side.count ? { name: side.name, packed: side.packed, count: side.count } : side));
+  const kept = { ...payload, sides, live: false, view: toHash(s), blobs };
   const text = JSON.stringify(kept).replace(/</g, "\\u003c");
   const html = payload.live ? await (await fetch("./")).text() : source;
   const slot = /(<script type="application\/json" id="regard-payload">)[^<]*(<\/script>)/;
@@ -69,6 +70,7 @@ async function collect(payload) {
   const keys = [];
   payload.attentions.forEach((attention, index) => {
     keys.push(`thumbs/${index}`);
+    if (attention.long) return void keys.push(...heldKeys().filter((key) => key.split("/")[1] === String(index) && !key.startsWith("thumbs")));
     const [queries, others] = [attention.query_side, attention.key_side].map((side) => payload.sides[side].tokens.length);
     const all = attention.num_heads * attention.layers.length * queries * others * 4 <= LARGEST;
     for (const layer of attention.layers) {
@@ -101,11 +103,11 @@ export function view() {
     queries: names(attention.query_side),
     keys: names(attention.key_side),
     heads: drawnHeads(s).map(([layer, head]) => {
-      const map = r.map(s.attention, layer, head, s.unit);
+      const map = !r.long(s.attention) && r.map(s.attention, layer, head, s.unit);
       return {
         layer,
         head,
-        weights: map && Array.from({ length: map.rows }, (_, row) => [...map.data.subarray(row * map.cols, (row + 1) * map.cols)]),
+        weights: map ? Array.from({ length: map.rows }, (_, row) => [...map.data.subarray(row * map.cols, (row + 1) * map.cols)]) : null,
         links: askers.map((asker) => ({
           word: r.units(asker.side, s.unit)[asker.word].text,
           index: asker.word,

@@ -5,9 +5,10 @@ import { drawnHeads } from "../core/selection.js";
 import { html, Picture } from "../paint/dom.js";
 import { headsView } from "../views/heads.js";
 import { frontOf } from "../views/inspector.js";
-import { mapTable, mapView } from "../views/map.js";
-import { sentenceView } from "../views/sentence.js";
-import { act, focusWord, pickCell, wordSelector } from "./actions.js";
+import { MAP_LIMIT, mapTable, mapView } from "../views/map.js";
+import { excerpt, sentenceView } from "../views/sentence.js";
+import { Atlas } from "./atlas.js";
+import { act, focusWord, openWindow, pickCell, wordSelector } from "./actions.js";
 import { measure } from "./measure.js";
 import { arrived, cell, hover, hovered, recording, selection, theme } from "./store.js";
 
@@ -60,15 +61,35 @@ function View({ width, compact }) {
   arrived.value;
   if (!r.payload.sides.some((side) => side.tokens.length))
     return html`<div class="state"><h2>No words.</h2><p>This recording holds an empty text. ${r.payload.live ? "Type a sentence above and press Enter." : "Run regard look with a sentence."}</p></div>`;
+  const { query_side, key_side } = r.attention(s.attention);
+  const large = Math.max(r.units(query_side, s.unit).length, r.units(key_side, s.unit).length) > MAP_LIMIT;
   const beside = s.view === "map" && width >= 1100;
   const textWidth = Math.min(beside ? Math.floor(width / 2) - 24 : width, 960);
   const sentence = sentenceView(r, s, { width: textWidth, measure, hover: hover.value, compact });
   const leave = () => (hovered.value = null);
-  const long = s.view === "map" && !beside && sentence.height > 700;
-  return html`<div class=${beside ? "beside" : long ? "stack upside" : "stack"}>
-    <div class="sentence" onPointerLeave=${leave}><${Picture} list=${sentence} on=${hands} theme=${theme.value} /></div>
-    ${s.view === "map" && html`<${MapPanel} width=${beside ? Math.floor(width / 2) - 24 : width} />`}
+  const upside = s.view === "map" && !beside && sentence.height > 700;
+  return html`<div class=${beside ? "beside" : upside ? "stack upside" : "stack"}>
+    <div class="sentence" onPointerLeave=${leave}><${Pages} /><${Picture} list=${sentence} on=${hands} theme=${theme.value} /></div>
+    ${s.view === "map" && html`<${large ? Atlas : MapPanel} width=${beside ? Math.floor(width / 2) - 24 : width} key=${`${large}${s.attention}`} />`}
     ${s.view === "heads" && html`<${HeadsPanel} width=${width} />`}
+  </div>`;
+}
+
+// A long text is turned like pages; a recording of several texts is leafed through.
+function Pages() {
+  const s = selection.value;
+  const r = recording.value;
+  const { units } = r;
+  const side = r.attention(s.attention).query_side;
+  const { length } = units(side, s.unit);
+  const [first, end] = excerpt(r, s, side);
+  const [at, count] = r.payload.window ?? [0, 1];
+  const turn = (by) => act({ type: "page", first: Math.max(0, Math.min(length - (end - first), first + by * (end - first))) });
+  const button = (name, off, does) => html`<button type="button" disabled=${off} onClick=${does}>${name}</button>`;
+  if (end - first === length && count < 2) return null;
+  return html`<div class="pages" role="group" aria-label="pages">
+    ${count > 1 && html`<span>${button("text before", at === 0, () => openWindow(at - 1))} text ${at + 1} of ${count} ${button("text after", at + 1 === count, () => openWindow(at + 1))}</span>`}
+    ${end - first < length && html`<span>${button("earlier", first === 0, () => turn(-1))} words ${(first + 1).toLocaleString("en")} to ${end.toLocaleString("en")} of ${length.toLocaleString("en")} ${button("later", end === length, () => turn(1))}</span>`}
   </div>`;
 }
 

@@ -4,6 +4,7 @@ import { percent, roleOf } from "./words.js";
 
 export const SHOWN = 6;
 const SMALLEST = 0.02;
+const MANY = 400; // links that are listed of a long text; the rest is in the sum
 
 // Which way a word is asked: "to" reads its row (what it looks at), "from" its column (who looks at it).
 export function directionOf(attention, side, mode) {
@@ -13,40 +14,41 @@ export function directionOf(attention, side, mode) {
 
 // -> null while the map is missing, else {direction, other, shown, rest, total, sink, unseen}
 //    shown: links {unit, side, from, to, weight, role, text}, strongest first; rest: {count, weight} of the links not shown
-export function linksOf(recording, { attention: index, unit, mode }, { side, word, layer, head }) {
+export function linksOf(recording, { attention: index, unit, mode, target }, { side, word, layer, head }) {
   const attention = recording.attention(index);
-  const map = recording.map(index, layer, head, unit);
-  if (!map) return null;
   const direction = directionOf(attention, side, mode);
+  const weights = recording.row(index, layer, head, unit, word, direction);
+  if (!weights) return weights;
   const other = direction === "to" ? attention.key_side : attention.query_side;
   const units = recording.units(other, unit);
-  const keys = recording.units(attention.key_side, unit);
-  const all = units.map((u, i) => {
+  let floor = -1;
+  if (weights.length > MANY) floor = Float64Array.from(weights).sort()[weights.length - MANY];
+  const all = [];
+  let [total, seen] = [0, 0];
+  for (let i = 0; i < weights.length; i++) {
+    const weight = weights[i];
+    total += weight;
+    if (weight > 0) seen++;
+    if (weight < floor && i !== target) continue;
+    if (weight === floor && all.length >= 2 * MANY && i !== target) continue;
     const [from, to] = direction === "to" ? [word, i] : [i, word];
-    return {
-      unit: i,
-      side: other,
-      from,
-      to,
-      weight: map.data[from * map.cols + to],
-      text: u.text,
-      role: direction === "to" ? roleOf(keys[i], i, map) : "",
-    };
-  });
+    const role = direction === "to" ? roleOf(units[i], i, weight > 0 || units[i].special ? recording.received(index, layer, head, unit, i) : 0) : "";
+    all.push({ unit: i, side: other, from, to, weight, text: units[i].text, role });
+  }
   all.sort((a, b) => b.weight - a.weight || a.unit - b.unit);
-  const shown = all.slice(0, SHOWN).filter((link) => link.weight >= SMALLEST);
-  if (!shown.length && all.length && all[0].weight > 0) shown.push(all[0]);
+  const least = Math.min(SMALLEST, all.length ? all[0].weight / 3 : 0);
+  const shown = all.slice(0, SHOWN).filter((link) => link.weight >= least && link.weight > 0);
   const hidden = all.slice(shown.length).filter((link) => link.weight > 0);
-  const total = all.reduce((sum, link) => sum + link.weight, 0);
+  const known = shown.reduce((sum, link) => sum + link.weight, 0);
   return {
     direction,
     other,
     shown,
     all,
-    rest: { count: hidden.length, weight: hidden.reduce((sum, link) => sum + link.weight, 0), links: hidden },
+    rest: { count: seen - shown.length, weight: Math.max(0, total - known), links: hidden },
     total,
     count: units.length,
-    unseen: all.length - shown.length - hidden.length,
+    unseen: units.length - seen,
     sink: attention.has_sink && direction === "to" && total < 0.9995 && total > 0 ? 1 - total : 0,
     empty: total === 0,
   };
@@ -74,6 +76,7 @@ export function sumLine(links) {
 
 // The strongest links of a whole head, sinks and special tokens left out.
 export function strongest(recording, { attention: index, layer, head, unit }, count = 6) {
+  if (recording.long(index)) return [];
   const map = recording.map(index, layer, head, unit);
   if (!map) return null;
   const { query_side, key_side } = recording.attention(index);
@@ -84,7 +87,7 @@ export function strongest(recording, { attention: index, layer, head, unit }, co
     if (queries[r].special) continue;
     for (let c = 0; c < map.cols; c++) {
       const weight = map.data[r * map.cols + c];
-      if ((query_side === key_side && r === c) || roleOf(keys[c], c, map)) continue;
+      if ((query_side === key_side && r === c) || roleOf(keys[c], c, map.received[c] / map.rows)) continue;
       if (found.length < count || weight > found[found.length - 1].weight) {
         found.push({ from: r, to: c, weight });
         found.sort((a, b) => b.weight - a.weight);

@@ -1,12 +1,16 @@
 // One recording as the views read it: units (words or subwords), merged maps, thumbnails. Pure; blobs come from `get`.
 
+import { fromBase64 } from "./blob.js";
+
 const SMALL = 24e6; // bytes
 
 // payload: the page's JSON. get(key) -> {shape, data}, null where it does not exist, undefined while it is on its way.
 export function createRecording(payload, get) {
+  payload.sides.forEach(unpack);
   const merged = new Map();
   const units = new Map();
 
+  const rows = new Map();
   const recording = {
     payload,
     get,
@@ -39,6 +43,47 @@ export function createRecording(payload, get) {
       return map;
     },
 
+    // A text so long that its weights come by rows and tiles.
+    long: (index) => Boolean(payload.attentions[index].long),
+
+    // One unit's weights in one head, by units of the other side: its row ("to") or its column ("from").
+    row(attention, layer, head, unit, index, direction) {
+      if (!recording.long(attention)) {
+        const map = recording.map(attention, layer, head, unit);
+        return map && (direction === "to" ? map.data.subarray(index * map.cols, (index + 1) * map.cols) : Float64Array.from({ length: map.rows }, (_, r) => map.data[r * map.cols + index]));
+      }
+      const { query_side, key_side } = payload.attentions[attention];
+      const [own, other] = direction === "to" ? [query_side, key_side] : [key_side, query_side];
+      const [first, stop] = recording.units(own, unit)[index].tokens;
+      const key = `${direction === "to" ? "row" : "col"}/${attention}/${layer}/${head}/${first}/${stop}`;
+      if (rows.has(key + unit)) return rows.get(key + unit);
+      const blob = get(key);
+      if (!blob) return blob;
+      const out = Float64Array.from(recording.units(other, unit), ({ tokens: [from, to] }) => {
+        let sum = 0;
+        for (let i = from; i < to; i++) sum += blob.data[i];
+        return direction === "to" ? sum : sum / Math.max(1, to - from);
+      });
+      if (rows.size > 40) rows.clear();
+      rows.set(key + unit, out);
+      return out;
+    },
+
+    // Mean weight that a key unit gets from all rows of a head; 0 while that is not known.
+    received(attention, layer, head, unit, index) {
+      const { key_side, query_side, long, has_received } = payload.attentions[attention];
+      if (!long) {
+        const map = recording.map(attention, layer, head, unit);
+        return map ? map.received[index] / map.rows : 0;
+      }
+      const blob = has_received && get(`received/${attention}/${layer}`);
+      if (!blob) return 0;
+      const [from, to] = recording.units(key_side, unit)[index].tokens;
+      let sum = 0;
+      for (let i = from; i < to; i++) sum += blob.data[head * blob.shape[1] + i];
+      return sum / payload.sides[query_side].tokens.length;
+    },
+
     // One head's small picture: {rows, cols, data} of 0..255
     thumb(attention, layer, head) {
       const blob = get(`thumbs/${attention}`);
@@ -49,6 +94,25 @@ export function createRecording(payload, get) {
     },
   };
   return recording;
+}
+
+// A long text travels packed: spellings once, tokens and words as numbers; or as a count, where places are the names.
+function unpack(side) {
+  if (side.tokens) return;
+  if (!side.packed) {
+    const names = Array.from({ length: side.count }, (_, i) => String(i));
+    side.tokens = names.map((text, word) => ({ text, special: false, word }));
+    side.words = names.map((text, i) => ({ text, tokens: [i, i + 1], special: false }));
+    return;
+  }
+  const { texts, special } = side.packed;
+  const [tokens, words, starts] = ["tokens", "words", "starts"].map((name) => new Int32Array(fromBase64(side.packed[name]).buffer));
+  const marked = new Set(special);
+  side.words = Array.from(words, (text, i) => ({ text: texts[text], tokens: [starts[i], i + 1 < starts.length ? starts[i + 1] : tokens.length], special: marked.has(i) }));
+  side.tokens = [];
+  side.words.forEach((word, w) => {
+    for (let i = word.tokens[0]; i < word.tokens[1]; i++) side.tokens.push({ text: texts[tokens[i]], special: word.special, word: word.special ? null : w });
+  });
 }
 
 function wordUnits(side) {

@@ -5,9 +5,14 @@
 // target                   the unit at the far end of the pair whose number is explained; null = the strongest link
 // mode "to" | "from"       what it looks at | who looks at it         unit "word" | "token"
 // view "sentence" | "heads" | "map"     sort "position" | "link"      origin: is "how it came about" open
+// first: the first unit shown of a long text     camera: {scale: px a token, row, col at the middle} of a large map, null = all
+// kind "max" | "mass": what a cell of a large map stands for
 
 import { translateUnit } from "./recording.js";
 import { HUES } from "./colour.js";
+
+const LEAD = 60; // units before the word that a long text is opened at
+const PART = 320;
 
 export function initialSelection(payload) {
   const start = payload.selection ?? {};
@@ -27,6 +32,9 @@ export function initialSelection(payload) {
     view: "sentence",
     sort: "position",
     origin: false,
+    first: Math.max(0, (start.word ?? 0) - LEAD),
+    camera: null,
+    kind: "max",
   };
 }
 
@@ -36,7 +44,8 @@ export const hueOfPin = (selection, side, word) => selection.pins.findIndex((pin
 
 export function focusWord(selection, side, word) {
   if (selection.side === side && selection.word === word) return selection;
-  return { ...selection, side, word, target: null };
+  const near = word >= selection.first && word < selection.first + PART;
+  return { ...selection, side, word, target: null, first: near ? selection.first : Math.max(0, word - LEAD) };
 }
 
 export function togglePin(selection, side, word) {
@@ -98,7 +107,8 @@ export function setUnit(selection, recording, unit) {
     const word = move(pin.side, pin.word);
     if (word !== null && !pins.some((p) => p.side === pin.side && p.word === word)) pins.push({ side: pin.side, word });
   }
-  return { ...selection, unit, pins, word: move(selection.side, selection.word), target: null };
+  const word = move(selection.side, selection.word);
+  return { ...selection, unit, pins, word, target: null, first: Math.max(0, (word ?? move(selection.side, selection.first) ?? 0) - LEAD) };
 }
 
 export function setAttention(selection, recording, index) {
@@ -111,6 +121,7 @@ export function setAttention(selection, recording, index) {
     side: stays ? selection.side : attention.query_side,
     word: stays ? selection.word : null,
     target: null,
+    camera: null,
     pins: selection.pins.filter((pin) => sides.includes(pin.side)),
     heads: selection.heads.length ? [] : selection.heads,
     layer: attention.layers.includes(selection.layer) ? selection.layer : attention.layers[attention.layers.length - 1],
@@ -130,6 +141,9 @@ export function toHash(selection) {
   if (selection.view !== "sentence") parts.push(`view=${selection.view}`);
   if (selection.sort !== "position") parts.push(`sort=${selection.sort}`);
   if (selection.origin) parts.push("how=1");
+  if (selection.first) parts.push(`first=${selection.first}`);
+  if (selection.camera) parts.push(`at=${[selection.camera.scale.toPrecision(4), Math.round(selection.camera.row), Math.round(selection.camera.col)].join("_")}`);
+  if (selection.kind !== "max") parts.push("cell=mass");
   return `#${parts.join("&")}`;
 }
 
@@ -152,6 +166,10 @@ export function fromHash(hash, recording) {
   selection.view = ["heads", "map"].includes(fields.view) ? fields.view : "sentence";
   selection.sort = fields.sort === "link" ? "link" : "position";
   selection.origin = fields.how === "1";
+  selection.first = whole(fields.first) ?? 0;
+  selection.kind = fields.cell === "mass" ? "mass" : "max";
+  const [scale, row, col] = (fields.at ?? "").split("_").map(Number);
+  if (scale > 0 && scale < 100 && row >= 0 && col >= 0) selection.camera = { scale, row, col };
   const exists = ([layer, head]) => attention.layers.includes(layer) && head < attention.num_heads;
   const asked = [whole(fields.l), whole(fields.h)];
   [selection.layer, selection.head] = exists(asked) ? asked : exists([start.layer, start.head]) ? [start.layer, start.head] : [attention.layers[0], 0];
@@ -159,7 +177,10 @@ export function fromHash(hash, recording) {
   selection.side = sides.includes(start.side) ? start.side : attention.query_side;
   const stands = ([side, word]) => sides.includes(side) && word < recording.units(side, selection.unit).length;
   const word = pairs(fields.w).filter(stands)[0];
-  if (word) [selection.side, selection.word] = word;
+  if (word) {
+    [selection.side, selection.word] = word;
+    if (selection.word < selection.first || selection.word >= selection.first + PART) selection.first = Math.max(0, selection.word - LEAD);
+  }
   const target = whole(fields.t);
   const far = selection.side === attention.query_side ? attention.key_side : attention.query_side;
   if (target !== null && stands([far, target])) selection.target = target;

@@ -27,7 +27,7 @@ export function inspectorView(recording, selection, { width, measure, hover = nu
   if (!front) return nothingChosen(column, recording, selection, place).list();
   const name = shownText(recording.units(front.side, selection.unit)[front.word].text);
   if (!front.links) {
-    const missing = front.links === null && recording.get(`weights/${selection.attention}/${selection.layer}`) === null;
+    const missing = front.links === null;
     column.text(name, { size: 17, weight: 600, heading: 2 });
     return column.text(missing ? `The weights of layer ${selection.layer} are not in this file. Choose another head.` : `Reading layer ${selection.layer} …`, { fill: "soft" }).list();
   }
