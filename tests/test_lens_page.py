@@ -333,12 +333,34 @@ def test_texts_that_cannot_be_read_are_refused(seen, tmp_path, kind, text, targe
         look(loaded, text, target)
 
 
-def test_a_text_too_long_for_a_page_is_refused(seen, monkeypatch):
+def test_a_text_too_long_for_whole_maps_is_shown_by_rows_and_tiles(seen, monkeypatch):
     monkeypatch.setattr("regard.lens.look.LARGEST_MAP", 4 * 4 * 9 * 9)
-    with pytest.raises(
-        ValueError, match=r"text must be at most 9 tokens long for the page; got \d+. .* regard.lens.record"
-    ):
-        look(seen("llama").loaded, SENTENCE)
+    view = look(seen("llama").loaded, SENTENCE)
+    page = payload(view, first_selection(view, None, None, None))
+    assert view.long(0)
+    assert page["attentions"][0]["long"] is True
+    assert page["selection"]["word"] is None
+    assert blob(view, "weights/0/0") is None
+    assert blob(view, "q/0/0") is None
+    assert blob(view, "scores/0/0/1/5").shape == [4, len(view.sides[0].tokens)]
+    held = saved(page, view)["blobs"]
+    assert [key for key in held if key.startswith("tile/")] == ["tile/0/1/0/max/0/0/0"]
+    weights = view.recording.weights(1, head=0).numpy()
+    assert np.array_equal(unpacked(held["tile/0/1/0/max/0/0/0"]), weights)
+
+
+def test_a_long_text_travels_packed(seen, monkeypatch):
+    monkeypatch.setattr("regard.lens.payload.MANY", 4)
+    view = seen("bert")
+    packed = payload(view, first_selection(view, None, None, None))["sides"][0]["packed"]
+    numbers = {
+        name: np.frombuffer(base64.b64decode(packed[name]), "<i4").tolist() for name in ("tokens", "words", "starts")
+    }
+    side = view.sides[0]
+    assert [packed["texts"][at] for at in numbers["tokens"]] == [token.text for token in side.tokens]
+    assert [packed["texts"][at] for at in numbers["words"]] == [word.text for word in side.words]
+    assert numbers["starts"] == [word.tokens[0] for word in side.words]
+    assert packed["special"] == [at for at, word in enumerate(side.words) if word.special]
 
 
 def test_sound_is_shown_as_times_and_its_silence_as_one_word(tmp_path):

@@ -64,7 +64,10 @@ def _root(
 @app.command()
 def look(
     text: Annotated[
-        str | None, typer.Argument(help="What the model reads; for a speech model the path of a .wav file; or the directory of a recording.")
+        str | None,
+        typer.Argument(
+            help="What the model reads; for a speech model the path of a .wav file; or the directory of a recording."
+        ),
     ] = None,
     model: Annotated[
         str,

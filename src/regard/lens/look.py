@@ -302,8 +302,7 @@ def attentions_of(recording: Recording, sides: tuple[Side, ...], name: str) -> t
             found.append(Attention(kind, label, query, key, tuple(fitting)))
     if not found:
         raise ValueError(
-            f"look: model must attend from token to token of its text; got {name}, which does not. "
-            "Choose another."
+            f"look: model must attend from token to token of its text; got {name}, which does not. Choose another."
         )
     return tuple(found)
 
