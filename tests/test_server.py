@@ -193,25 +193,25 @@ def test_a_server_of_one_text_turns_to_no_other(client):
     }
 
 
-def test_a_cut_is_measured_or_refused_in_a_sentence(loaded, client):
-    assert client.post("/api/effect", json={"cut": "edge"}).status_code == 422
-    assert client.post("/api/effect", json={"cut": "model"}).status_code == 400
+def test_a_question_about_the_text_is_answered_or_refused_in_a_sentence(loaded, client):
+    assert client.post("/api/effects", json={"cuts": []}).status_code == 404
     asked = []
 
-    def effect(look, cut):
-        if cut["head"] > 3:
+    def ask(look, given):
+        if given["head"] > 3:
             raise ValueError("effects: head must be from 0 to 3; got 9. Choose one of those.")
-        asked.append((look.text, cut))
-        return {"kl": 0.25, "before": [["cat", 0.5]], "after": [["cat", 0.25]], "control": [0.0, 0.1]}
+        asked.append((look.text, given))
+        return {"measure": "KL divergence, nats"}
 
     view = view_of(loaded, SENTENCE)
-    with TestClient(application(view, lambda _text: view, PORT, effect=effect), base_url=HOME) as other:
-        cut = {"cut": "head", "attention": 0, "layer": 1, "head": 2, "ablation": "zero", "renormalise": True}
-        assert other.post("/api/effect", json=cut).json()["kl"] == 0.25
-        assert asked == [(SENTENCE, cut)]
-        refused = other.post("/api/effect", json={**cut, "head": 9})
+    with TestClient(application(view, lambda _text: view, PORT, None, {"effects": ask}), base_url=HOME) as other:
+        assert other.get("/api/payload").json()["asks"] == ["effects"]
+        assert other.post("/api/effects", json={"head": 2}).json() == {"measure": "KL divergence, nats"}
+        assert asked == [(SENTENCE, {"head": 2})]
+        refused = other.post("/api/effects", json={"head": 9})
         assert refused.status_code == 422
         assert refused.json() == {"error": "Head must be from 0 to 3; got 9. Choose one of those."}
+        assert other.post("/api/effects", json={"head": 2, "text": "it was a dog"}).status_code == 409
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from regard.lens.links import Found
     from regard.lens.look import Look
-    from regard.lens.server import Effect, View
+    from regard.lens.server import Asks, View
 
 app = typer.Typer(
     add_completion=False,
@@ -155,7 +155,7 @@ def _look(
             return _view(look(loaded, new), None, None, None, live=True)[0]
 
         assert listening is not None
-        server.serve(listening, view, again, _started(console, no_browser), effect=_effect())
+        server.serve(listening, view, again, _started(console, no_browser), _asks())
     finally:
         if listening is not None:
             listening.close()
@@ -193,15 +193,12 @@ def _look_at_recording(
     server.serve(listening, view, refuse, _started(console, no_browser), turn=turn)
 
 
-def _effect() -> Effect | None:
-    """What measures a cut for the page; None where this version has none."""
+def _asks() -> Asks | None:
+    """What the page may ask of the model; None where this version measures no effects."""
+    from importlib import import_module
     from importlib.util import find_spec
 
-    if find_spec("regard.lens.effects") is None:
-        return None
-    from importlib import import_module
-
-    return getattr(import_module("regard.lens.effects"), "page_effect", None)
+    return None if find_spec("regard.lens.asking") is None else import_module("regard.lens.asking").ASKS
 
 
 def _started(console: Console, no_browser: bool) -> Callable[[str], None]:

@@ -40,9 +40,9 @@ def open_look(directory: str | Path, window: int = 0) -> Look:
         ValueError: no recording there, a damaged one, or no such text in it.
 
     Example:
-        >>> open_look("./nowhere")
+        >>> open_look("./nowhere")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        ValueError: recording: directory must hold a manifest.json; got nowhere without one. Pass what Recording.save wrote.
+        ValueError: recording: directory must hold a manifest.json; got nowhere without one. Pass what ...
     """
     return look_at(Recording.open(directory), window)
 

@@ -143,7 +143,8 @@ def payload(look: Look, selection: Selection, found: list[Found] | None = None, 
 def blob(look: Look, key: str) -> Blob | None:
     """The numbers behind a key of the page; None where the recording has no such thing.
 
-    Keys: weights, q, k, norms, lse, received by attention and layer; thumbs by attention; scores by attention, layer, head, row.
+    Keys: weights, q, k, norms, lse, received by attention and layer; thumbs by attention; scores by attention, layer,
+    head and row.
     """
     match = KEY.fullmatch(key)
     if match is None or int(match[2]) >= len(look.attentions):
@@ -215,7 +216,7 @@ def saved(page: dict[str, Any], look: Look, progress: Callable[[float], None] | 
 
 
 def looked_at(look: Look, index: int, selection: dict[str, Any]) -> dict[str, Blob]:
-    """Of a long text the numbers that its first view shows: the chosen head's whole map, coarsely, and the chosen row."""
+    """Of a long text the numbers that its first view shows: the chosen head's map, coarsely, and the chosen row."""
     from regard.lens.maps import CELLS, Maps, level_of
 
     attention, at = look.attentions[index], f"{index}/{selection['layer']}/{selection['head']}"

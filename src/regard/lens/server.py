@@ -11,7 +11,7 @@ import errno
 import json
 import socket
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,6 @@ from regard.lens.payload import Blob, blob
 
 HOST = "127.0.0.1"
 PORT = 8765
-CUTS = ("edge", "head", "token", "span")
 TRIES = 20
 LARGEST_BODY = 1_000_000
 MOST_AT_ONCE = 24  # requests for numbers that are answered at a time; a browser sends six
@@ -48,7 +47,7 @@ class View:
     page: dict[str, Any]
 
 
-Effect = Callable[[Look, dict[str, Any]], dict[str, Any]]
+Asks = Mapping[str, Callable[[Look, Any], dict[str, Any]]]
 
 
 def application(
@@ -56,9 +55,9 @@ def application(
     run: Callable[[str], View],
     port: int,
     started: Callable[[], None] | None = None,
+    asks: Asks | None = None,
     *,
     turn: Callable[[int], View] | None = None,
-    effect: Effect | None = None,
 ) -> Any:
     """The page as an ASGI application.
 
@@ -67,9 +66,9 @@ def application(
         run: runs a text; raises ValueError with a sentence for people where it cannot.
         port: where it is served, for the check of Host and Origin.
         started: called once, when it can be reached.
+        asks: what can be asked of the model about the text that is shown, by name: POST /api/NAME with JSON; ValueError
+            where it cannot be answered. "text" in the JSON, if there, must be the text that is shown.
         turn: opens another text of the recording; None where there is one text.
-        effect: measures what a cut changes: `{"cut": "edge" | "head" | "token" | "span", ...}` to `{"kl": ...}`; raises
-            ValueError with a sentence where it cannot. None where no model is there to be cut.
     """
     from starlette.applications import Starlette
     from starlette.requests import ClientDisconnect, Request
@@ -83,7 +82,7 @@ def application(
         return Response(page_html(), media_type="text/html; charset=utf-8")
 
     def told() -> Response:
-        content = script_json({**state["view"].page, "serial": state["serial"]})
+        content = script_json({**state["view"].page, "serial": state["serial"], "asks": sorted(asks or {})})
         return Response(content, media_type="application/json")
 
     def payload(_: Request) -> Response:
@@ -134,8 +133,11 @@ def application(
     async def turned(request: Request) -> Response:
         return await posted(request, other, "number")
 
-    async def cut(request: Request) -> Response:
-        return await posted(request, measure, "cut")
+    def asking(ask: Callable[[Look, Any], dict[str, Any]]) -> Callable[[Request], Awaitable[Response]]:
+        async def asked(request: Request) -> Response:
+            return await posted(request, lambda given: told_by(ask, given), "question")
+
+        return asked
 
     def read(asked: dict[str, Any]) -> Response:
         text = asked.get("text")
@@ -163,14 +165,13 @@ def application(
             state.update(view=fresh, maps=Maps(fresh.look), serial=state["serial"] + 1)
             return told()
 
-    def measure(asked: dict[str, Any]) -> Response:
-        if asked.get("cut") not in CUTS:
-            return _sentence(400, 'Send {"cut": "edge", "head", "token" or "span", ...}.')
-        if effect is None or state["view"].look.loaded.model is None:
-            return _sentence(422, "Nothing can be cut here: the model is not loaded. Run regard look with a text.")
+    def told_by(ask: Callable[[Look, Any], dict[str, Any]], given: dict[str, Any]) -> Response:
         with busy:
+            look = state["view"].look
+            if given.get("text", look.text) != look.text:
+                return _sentence(409, "Another text is shown by now. Reload the page.")
             try:
-                return Response(script_json(effect(state["view"].look, asked)), media_type="application/json")
+                return Response(script_json(ask(look, given)), media_type="application/json")
             except ValueError as refused:
                 return _sentence(422, _plain(str(refused)))
             except Exception as failed:  # the page must say so; the server goes on
@@ -192,7 +193,7 @@ def application(
         Route("/api/blob/{key:path}", numbers, methods=["GET"]),
         Route("/api/run", again, methods=["POST"]),
         Route("/api/window", turned, methods=["POST"]),
-        Route("/api/effect", cut, methods=["POST"]),
+        *(Route(f"/api/{name}", asking(ask), methods=["POST"]) for name, ask in (asks or {}).items()),
     ]
     return _guarded(Starlette(routes=routes, lifespan=life), port)
 
@@ -233,9 +234,9 @@ def serve(
     view: View,
     run: Callable[[str], View],
     started: Callable[[str], None] | None = None,
+    asks: Asks | None = None,
     *,
     turn: Callable[[int], View] | None = None,
-    effect: Effect | None = None,
 ) -> None:
     """Serve the page until Ctrl-C.
 
@@ -244,14 +245,14 @@ def serve(
         view: what is shown first.
         run: runs a text.
         started: called with the page's address, when it can be reached.
-        turn: opens another text of a recording.
-        effect: measures what a cut changes.
+        asks: as in `application`.
+        turn: likewise.
     """
     import uvicorn
 
     port = listening.getsockname()[1]
     reached = lambda: started(f"http://{HOST}:{port}/") if started else None  # noqa: E731
-    app = application(view, run, port, reached, turn=turn, effect=effect)
+    app = application(view, run, port, reached, asks, turn=turn)
     config = uvicorn.Config(
         app, log_level="error", access_log=False, server_header=False, timeout_graceful_shutdown=1, ws="none"
     )
