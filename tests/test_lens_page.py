@@ -10,6 +10,7 @@ import torch
 
 from regard.lens import export, links
 from regard.lens.look import look
+from regard.lens.measures import measures, names
 from regard.lens.models import load
 from regard.lens.payload import blob, first_selection, payload, saved
 from tiny_folders import SENTENCE, make
@@ -173,6 +174,29 @@ def test_keys_of_nothing_give_nothing(seen, key):
     assert blob(seen("bert"), key) is None
 
 
+@pytest.mark.parametrize("kind", ["bert", "llama", "t5"])
+def test_measures_of_every_head_are_the_plain_means(seen, kind):
+    view = seen(kind)
+    for index, attention in enumerate(view.attentions):
+        found = measures(view, index).double()
+        assert found.shape == (len(names(view, index)), len(attention.layers), attention.num_heads)
+        for row, layer in enumerate(attention.layers):
+            weights = view.recording.weights(layer).double()
+            n, m = weights.shape[1:]
+            far = (torch.arange(n)[:, None] - torch.arange(m)).abs()
+            plain = {
+                "entropy": -(weights * weights.clamp(min=1e-300).log()).sum(-1).mean(-1),
+                "first": weights[:, 1:, 0].mean(-1),
+            }
+            if attention.query_side == attention.key_side:
+                diagonal = lambda at: weights.diagonal(at, 1, 2).mean(-1)  # noqa: E731, B023
+                plain |= {"previous": diagonal(-1), "next": diagonal(1), "same": diagonal(0)}
+                plain["distance"] = (weights * far).sum(-1).mean(-1)
+            assert set(plain) == set(names(view, index))
+            for at, name in enumerate(names(view, index)):
+                torch.testing.assert_close(found[at, row], plain[name], atol=1e-6, rtol=1e-5)
+
+
 def test_thumbs_of_a_longer_text_are_block_maxima(tmp_path):
     text = " ".join([SENTENCE] * 6)
     view = look(load(str(make(tmp_path / "llama", "llama"))), text)
@@ -214,7 +238,7 @@ def test_a_saved_page_carries_its_numbers(seen):
     page = saved(payload(view, first_selection(view, None, None, None), live=True), view)
     assert page["live"] is False
     keys = {f"{name}/{index}/{layer}" for name in ("weights", "q", "k", "norms", "lse") for index in range(3)
-            for layer in range(2)} | {f"thumbs/{index}" for index in range(3)}  # fmt: skip
+            for layer in range(2)} | {f"{name}/{index}" for name in ("thumbs", "measures") for index in range(3)}  # fmt: skip
     assert set(page["blobs"]) == keys
     assert np.array_equal(unpacked(page["blobs"]["weights/2/1"]), view.recording.weights(1, kind="cross").numpy())
 

@@ -22,6 +22,7 @@ from regard import op
 from regard.lens.layers import Layer, rows_of_bias
 from regard.lens.links import Found, strongest
 from regard.lens.look import Attention, Look
+from regard.lens.measures import measures, names
 from regard.lens.tokens import Side
 
 FORMAT = "regard-page/1"
@@ -30,7 +31,9 @@ SAMPLED = 8  # rows of each band that a long text's small pictures look at
 MANY = 4096  # tokens beyond which a text travels packed
 LARGEST_PAGE = 48_000_000  # bytes of numbers that a saved page carries
 NUMBERS = ("weights", "q", "k", "norms", "lse")
-KEY = re.compile(r"(weights|thumbs|q|k|norms|lse|scores|received)/(\d{1,4})(?:/(\d{1,6}))?(?:/(\d{1,6})/(\d{1,9}))?")
+KEY = re.compile(
+    r"(weights|thumbs|measures|q|k|norms|lse|scores|received)/(\d{1,4})(?:/(\d{1,6}))?(?:/(\d{1,6})/(\d{1,9}))?"
+)
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,22 @@ def first_selection(
     return Selection(index, links[0].layer, links[0].head, links[0].query, links[0].key)
 
 
-def payload(look: Look, selection: Selection, found: list[Found] | None = None, live: bool = False) -> dict[str, Any]:
-    """The page's JSON, without its blobs."""
+def payload(
+    look: Look,
+    selection: Selection,
+    found: list[Found] | None = None,
+    live: bool = False,
+    head_scores: dict[str, list[list[float]]] | None = None,
+) -> dict[str, Any]:
+    """The page's JSON, without its blobs.
+
+    Args:
+        look: the recording.
+        selection: what to open on.
+        found: what `links.find` found.
+        live: whether a server answers.
+        head_scores: more scores of the heads of the front attention, by name: a list of heads for each layer.
+    """
     from regard.lens.fingerprint import versions
 
     front = look.attentions[selection.attention]
@@ -124,9 +141,10 @@ def payload(look: Look, selection: Selection, found: list[Found] | None = None, 
         "runs": live and look.loaded.model is not None,
         "text": look.text,
         "notes": list(look.notes),
+        "head_scores": head_scores,
         "window": list(look.window),
         "sides": [_side(side) for side in look.sides],
-        "attentions": [_attention(attention, look.long(index)) for index, attention in enumerate(look.attentions)],
+        "attentions": [_attention(look, index) for index in range(len(look.attentions))],
         "selection": {
             "attention": selection.attention,
             "layer": selection.layer,
@@ -143,7 +161,7 @@ def payload(look: Look, selection: Selection, found: list[Found] | None = None, 
 def blob(look: Look, key: str) -> Blob | None:
     """The numbers behind a key of the page; None where the recording has no such thing.
 
-    Keys: weights, q, k, norms, lse, received by attention and layer; thumbs by attention; scores by attention, layer,
+    Keys: weights, q, k, norms, lse, received by attention and layer; thumbs and measures by attention; scores by attention, layer,
     head and row.
     """
     match = KEY.fullmatch(key)
@@ -151,6 +169,8 @@ def blob(look: Look, key: str) -> Blob | None:
         return None
     name, attention = match[1], look.attentions[int(match[2])]
     parts = [None if part is None else int(part) for part in match.groups()[2:]]
+    if name == "measures":
+        return Blob(measures(look, int(match[2]))) if parts == [None, None, None] else None
     if name == "thumbs":
         return Blob(_thumbs(look, attention)) if parts == [None, None, None] else None
     layer = next((one for one in attention.layers if one.number == parts[0]), None)
@@ -190,7 +210,8 @@ def saved(page: dict[str, Any], look: Look, progress: Callable[[float], None] | 
     wanted.sort(key=lambda at: (at[0] != selection["attention"], abs(at[1] - selection["layer"]), at))
     blobs, spent, left_out = {}, 0, []
     for index in range(len(look.attentions)):
-        blobs[f"thumbs/{index}"] = _packed(blob(look, f"thumbs/{index}"))
+        for name in ("thumbs", "measures"):
+            blobs[f"{name}/{index}"] = _packed(blob(look, f"{name}/{index}"))
     for index in range(len(look.attentions)):
         if look.long(index):
             blobs |= {key: _packed(one) for key, one in looked_at(look, index, page["selection"]).items()}
@@ -311,7 +332,8 @@ def _integers(numbers: list[int]) -> str:
     return base64.b64encode(torch.tensor(numbers, dtype=torch.int32).numpy().astype("<i4").tobytes()).decode("ascii")
 
 
-def _attention(attention: Attention, long: bool) -> dict[str, Any]:
+def _attention(look: Look, index: int) -> dict[str, Any]:
+    attention = look.attentions[index]
     first = attention.layers[0]
     step = first.steps[0]
     return {
@@ -329,5 +351,6 @@ def _attention(attention: Attention, long: bool) -> dict[str, Any]:
         "has_sink": any(one.steps[0].sinks is not None for one in attention.layers),
         "head_dim": first.head_dim,
         "has_received": step.received is not None,
-        "long": long,
+        "long": look.long(index),
+        "measures": list(names(look, index)),
     }

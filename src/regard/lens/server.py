@@ -149,9 +149,10 @@ def application(
         index = asked.get("index")
         if not isinstance(index, int) or isinstance(index, bool):
             return _sentence(400, 'Send {"index": 0}.')
-        if turn is None:
+        opener = turn
+        if opener is None:
             return _sentence(422, "There is one text here. Open a recording of several.")
-        return show(lambda: turn(index))
+        return show(lambda: opener(index))
 
     def show(make: Callable[[], View]) -> Response:
         with busy:

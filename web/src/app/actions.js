@@ -13,12 +13,12 @@ export const takeFocus = () => {
 export const wordSelector = (side, word) => `button.word[data-side="${side}"][data-word="${word}"]`;
 export const headSelector = (layer, head) => `button.head[data-layer="${layer}"][data-head="${head}"]`;
 
-export function act(action) {
+export function act(action, event) {
   const s = selection.value;
   const r = recording.value;
   switch (action.type) {
     case "pin":
-      return commit(S.togglePin(s, action.side, action.word), "pin");
+      return commit(event?.shiftKey ? S.pinSpan(s, action.side, action.word) : S.togglePin(s, action.side, action.word), "pin");
     case "focus":
       return commit(S.focusWord(s, action.side, action.word), "move word");
     case "target":
@@ -51,6 +51,8 @@ export function act(action) {
       return commit(S.toggleSeveral(s), "several");
     case "view":
       return commit({ ...s, view: action.view }, "view");
+    case "set":
+      return commit({ ...s, ...action.change }, "set");
     case "sort":
       return commit({ ...s, sort: action.sort }, "sort");
     case "page":

@@ -1,7 +1,7 @@
 // ⇩: exactly this view as HTML, SVG, PNG or JSON, made in the browser; and the numbers for the clipboard.
 
 import { toBase64 } from "../core/blob.js";
-import { linksOf } from "../core/links.js";
+import { howOf, linksOf } from "../core/links.js";
 import { tableMeasure } from "../core/measure.js";
 import { drawnHeads, toHash } from "../core/selection.js";
 import { toSvg } from "../paint/svg.js";
@@ -69,7 +69,7 @@ async function collect(payload) {
   const s = selection.value;
   const keys = [];
   payload.attentions.forEach((attention, index) => {
-    keys.push(`thumbs/${index}`);
+    keys.push(`thumbs/${index}`, ...(attention.measures?.length ? [`measures/${index}`] : []));
     if (attention.long) return void keys.push(...heldKeys().filter((key) => key.split("/")[1] === String(index) && !key.startsWith("thumbs")));
     const [queries, others] = [attention.query_side, attention.key_side].map((side) => payload.sides[side].tokens.length);
     const all = attention.num_heads * attention.layers.length * queries * others * 4 <= LARGEST;
@@ -103,7 +103,7 @@ export function view() {
     queries: names(attention.query_side),
     keys: names(attention.key_side),
     heads: drawnHeads(s).map(([layer, head]) => {
-      const map = !r.long(s.attention) && r.map(s.attention, layer, head, s.unit);
+      const map = !r.long(s.attention) && r.map(s.attention, layer, head, s.unit, howOf(s));
       return {
         layer,
         head,

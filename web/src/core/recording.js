@@ -1,6 +1,7 @@
 // One recording as the views read it: units (words or subwords), merged maps, thumbnails. Pure; blobs come from `get`.
 
 import { fromBase64 } from "./blob.js";
+import { roleOf } from "./words.js";
 
 const SMALL = 24e6; // bytes
 
@@ -31,13 +32,19 @@ export function createRecording(payload, get) {
     },
 
     // Weights of one head between units: {rows, cols, data, max, received}; a row is the mean, a column the sum over tokens.
-    map(attention, layer, head, unit) {
-      const key = `${attention}/${layer}/${head}/${unit}`;
+    // how: "" for this head, "layer-mean", "layer-max", "all-mean", "all-max" over heads; and "/bare" without sinks.
+    map(attention, layer, head, unit, how = "") {
+      const key = `${attention}/${layer}/${head}/${unit}/${how}`;
       if (merged.has(key)) return merged.get(key);
-      const blob = get(`weights/${attention}/${layer}`);
-      if (!blob) return blob;
-      const { query_side, key_side } = payload.attentions[attention];
-      const map = merge(blob, head, recording.units(query_side, unit), recording.units(key_side, unit));
+      const { query_side, key_side, layers, num_heads } = payload.attentions[attention];
+      const [over, bare] = how.split("/");
+      const blobs = (over.startsWith("all") ? layers : [layer]).map((number) => get(`weights/${attention}/${number}`));
+      if (blobs.includes(null)) return null;
+      if (blobs.includes(undefined)) return undefined;
+      const [queries, keys] = [query_side, key_side].map((side) => recording.units(side, unit));
+      const blob = over ? pooled(blobs, num_heads, over.endsWith("max")) : blobs[0];
+      let map = merge(blob, over ? 0 : head, queries, keys);
+      if (bare !== undefined) map = withoutSinks(map, keys);
       if (merged.size > 600) merged.clear();
       merged.set(key, map);
       return map;
@@ -47,9 +54,9 @@ export function createRecording(payload, get) {
     long: (index) => Boolean(payload.attentions[index].long),
 
     // One unit's weights in one head, by units of the other side: its row ("to") or its column ("from").
-    row(attention, layer, head, unit, index, direction) {
+    row(attention, layer, head, unit, index, direction, how = "") {
       if (!recording.long(attention)) {
-        const map = recording.map(attention, layer, head, unit);
+        const map = recording.map(attention, layer, head, unit, how);
         return map && (direction === "to" ? map.data.subarray(index * map.cols, (index + 1) * map.cols) : Float64Array.from({ length: map.rows }, (_, r) => map.data[r * map.cols + index]));
       }
       const { query_side, key_side } = payload.attentions[attention];
@@ -94,6 +101,36 @@ export function createRecording(payload, get) {
     },
   };
   return recording;
+}
+
+// Heads and layers as one: their mean, or the largest of them at each place.
+function pooled(blobs, heads, largest) {
+  const [, rows, cols] = blobs[0].shape;
+  const data = new Float64Array(rows * cols);
+  for (const blob of blobs)
+    for (let head = 0; head < heads; head++)
+      for (let i = 0, at = head * rows * cols; i < data.length; i++, at++) data[i] = largest ? Math.max(data[i], blob.data[at]) : data[i] + blob.data[at] / heads / blobs.length;
+  return { shape: [1, rows, cols], data };
+}
+
+// The same rows with the columns of sinks at zero and the rest scaled up to one.
+function withoutSinks(map, keys) {
+  const { rows, cols } = map;
+  const sink = keys.map((key, c) => roleOf(key, c, map.received[c] / rows) === "sink");
+  const data = new Float64Array(map.data.length);
+  const received = new Float64Array(cols);
+  let max = 0;
+  for (let r = 0; r < rows; r++) {
+    let sum = 0;
+    for (let c = 0; c < cols; c++) if (!sink[c]) sum += map.data[r * cols + c];
+    for (let c = 0; c < cols; c++) {
+      const weight = sink[c] || !sum ? 0 : map.data[r * cols + c] / sum;
+      data[r * cols + c] = weight;
+      received[c] += weight;
+      max = Math.max(max, weight);
+    }
+  }
+  return { ...map, data, received, max };
 }
 
 // A long text travels packed: spellings once, tokens and words as numbers; or as a count, where places are the names.

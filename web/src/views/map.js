@@ -1,5 +1,6 @@
 // The map: every word against every word in one head, up to 512 of them. (recording, selection) -> display list
 
+import { howOf } from "../core/links.js";
 import { cut, shownText, wrap } from "../core/text.js";
 import { percent } from "../core/words.js";
 
@@ -14,7 +15,7 @@ export function mapView(recording, selection, { width, measure, hover = null, ce
     const text = `The map is drawn up to ${MAP_LIMIT} words; this text has ${Math.max(queries.length, keys.length)}. The lines and the list carry the same numbers.`;
     return note(text, width, measure);
   }
-  const map = recording.map(index, layer, head, unit);
+  const map = recording.map(index, layer, head, unit, howOf(selection));
   if (map === null) return note(`The weights of layer ${layer} are not in this file. Choose another head.`, width, measure);
   if (!map) return note(`Reading the weights of layer ${layer} …`, width, measure);
 
@@ -58,7 +59,7 @@ export function mapView(recording, selection, { width, measure, hover = null, ce
 export function mapTable(recording, selection, limit = 40) {
   const { attention: index, layer, head, unit } = selection;
   const attention = recording.attention(index);
-  const map = recording.map(index, layer, head, unit);
+  const map = recording.map(index, layer, head, unit, howOf(selection));
   if (!map) return null;
   const queries = recording.units(attention.query_side, unit);
   const keys = recording.units(attention.key_side, unit);

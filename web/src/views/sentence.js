@@ -1,10 +1,10 @@
 // The sentence: words as buttons, and lines from the chosen word to what it looks at. (recording, selection) -> display list
 
 import { dash, hue } from "../core/colour.js";
-import { linksOf, restPercent } from "../core/links.js";
+import { howOf, linksOf, restPercent } from "../core/links.js";
 import { drawnHeads, hueOfPin } from "../core/selection.js";
 import { column, flow } from "../core/text.js";
-import { percent, plural } from "../core/words.js";
+import { percent, plural, roleOf } from "../core/words.js";
 
 export const LINE_WIDTH = 14; // px of a line whose weight is 1: width is proportional to weight, whatever else is drawn
 const LABEL = 17;
@@ -30,7 +30,7 @@ export function sentenceView(recording, selection, { width, measure, hover = nul
   const lines = [];
   const bundles = [];
   const labels = new Map();
-  const tints = new Map();
+  const tints = shading(recording, selection, sides);
 
   for (const asker of askers) {
     if (!layout.box(asker.side, asker.word)) continue;
@@ -47,7 +47,7 @@ export function sentenceView(recording, selection, { width, measure, hover = nul
         if (asker.front) label(labels, asker, link, several ? headIndex : null);
       }
       if (asker.front && !several) {
-        for (const link of links.all) if (link.weight > 0 && layout.box(link.side, link.unit)) tints.set(`${link.side}.${link.unit}`, { colour: style.colour, weight: link.weight });
+        if (!selection.shade) for (const link of links.all) if (link.weight > 0 && layout.box(link.side, link.unit)) tints.set(`${link.side}.${link.unit}`, { colour: style.colour, weight: link.weight });
         if (links.rest.count) bundles.push(bundle(layout, asker, links, style));
       }
     });
@@ -65,6 +65,27 @@ export function sentenceView(recording, selection, { width, measure, hover = nul
     });
   items.push(...ties(layout, sides), ...numbers(layout, labels, bundles.flatMap((b) => b.label), measure), ...layout.titles);
   return { width, height: layout.height, items };
+}
+
+// Every word shaded at once: by the mean share it receives, or by the share it gives to other words.
+export function shading(recording, selection, sides) {
+  const tints = new Map();
+  const { attention: index, layer, head, unit, shade } = selection;
+  const map = shade && !recording.long(index) && recording.map(index, layer, head, unit, howOf(selection));
+  if (!map) return tints;
+  const { query_side, key_side } = recording.attention(index);
+  const side = shade === "received" ? key_side : query_side;
+  if (!sides.includes(side)) return tints;
+  const keys = recording.units(key_side, unit);
+  const values = recording.units(side, unit).map((_, i) => {
+    if (shade === "received") return map.received[i] / map.rows;
+    let sum = 0;
+    for (let c = 0; c < map.cols; c++) if (!(query_side === key_side && c === i) && !roleOf(keys[c], c, map.received[c] / map.rows)) sum += map.data[i * map.cols + c];
+    return sum;
+  });
+  const most = Math.max(...values) || 1;
+  values.forEach((value, i) => tints.set(`${side}.${i}`, { colour: "accent", weight: value / most, value }));
+  return tints;
 }
 
 // The words that lines start from: the pinned ones, and the one in front (hovered, else focused).
@@ -235,11 +256,12 @@ function words(recording, selection, side, layout, { askers, tints }) {
   const units = recording.units(side, selection.unit);
   const current = selection.side === side && selection.word !== null ? selection.word : null;
   const [first] = layout.parts.get(side);
-  return layout.blocks.get(side).boxes.map((box, at) => {
+  return layout.blocks.get(side).boxes.flatMap((box, at) => {
+    if (units[first + at].special && !selection.special) return [];
     const i = first + at;
-    const asker = askers.find((a) => a.side === side && a.word === i);
+    const asker = askers.find((a) => a.side === side && a.word <= i && i <= (a.last ?? a.word));
     const tint = tints.get(`${side}.${i}`);
-    const pinned = hueOfPin(selection, side, i);
+    const pinned = selection.pins.findIndex((pin) => pin.side === side && pin.word <= i && i <= (pin.last ?? pin.word));
     const inside = [];
     if (tint) inside.push({ t: "rect", x: 0, y: 0, w: box.w, h: box.h, r: 4, fill: tint.colour, opacity: round2(0.34 * tint.weight) });
     if (asker) {
@@ -256,6 +278,7 @@ function words(recording, selection, side, layout, { askers, tints }) {
       fill: units[i].special ? "soft" : "ink",
       anchor: "middle",
     });
+    if (selection.shade && tint && box.w > 30) inside.push({ t: "text", x: box.w / 2, y: box.h + 10, text: percent(tint.value), size: 10, fill: "soft", anchor: "middle", tabular: true, quiet: true });
     return {
       t: "button",
       key: `word${side}.${i}`,
