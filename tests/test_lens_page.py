@@ -237,8 +237,9 @@ def test_a_saved_page_carries_its_numbers(seen):
     view = seen("t5")
     page = saved(payload(view, first_selection(view, None, None, None), live=True), view)
     assert page["live"] is False
-    keys = {f"{name}/{index}/{layer}" for name in ("weights", "q", "k", "norms", "lse") for index in range(3)
-            for layer in range(2)} | {f"{name}/{index}" for name in ("thumbs", "measures") for index in range(3)}  # fmt: skip
+    of_layers = ("weights", "q", "k", "norms", "lse")
+    keys = {f"{name}/{index}/{layer}" for name in of_layers for index in range(3) for layer in range(2)}
+    keys |= {f"{name}/{index}" for name in ("thumbs", "measures") for index in range(3)}
     assert set(page["blobs"]) == keys
     assert np.array_equal(unpacked(page["blobs"]["weights/2/1"]), view.recording.weights(1, kind="cross").numpy())
 
