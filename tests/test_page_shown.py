@@ -1,4 +1,4 @@
-"""What is shown and what is left out: shading, sinks, pooled heads, thresholds, spans, compared pins, sorted heads, cuts."""
+"""What is shown and what is left out: shading, sinks, pooled heads, thresholds, spans, pins, sorted heads, cuts."""
 
 import json
 import re
@@ -196,8 +196,9 @@ def answer_of(size, *, error=None):
     if error:
         return 422, {"error": error}, None
     change = {"id": 7, "text": " mat", "before": 0.6, "after": 0.45}
+    control = {"low": 0.001, "median": 0.002, "high": 0.01, "mass": 0.6, "count": 20}
     effect = {"cuts": [], "weight": 0.68, "mass": 0.68, "size": size, "before": 0.6, "after": 0.45,
-              "changed": [change], "control": {"low": 0.001, "median": 0.002, "high": 0.01, "mass": 0.6, "count": 20}}  # fmt: skip
+              "changed": [change], "control": control}  # fmt: skip
     told = {"task": "next", "measure": "KL divergence, nats", "position": 11, "target": change,
             "likeliest": [change], "effects": [effect]}  # fmt: skip
     return 200, told, None

@@ -66,7 +66,7 @@ def look(
     text: Annotated[
         str | None,
         typer.Argument(
-            help="What the model reads; for a speech model the path of a .wav file; or the directory of a recording."
+            help="What the model reads; for a speech model the path of a .wav file; the directory of a recording; or a saved .session or .html."
         ),
     ] = None,
     model: Annotated[
@@ -86,7 +86,9 @@ def look(
     ] = None,
     save: Annotated[
         Path | None,
-        typer.Option(help="Write the view to a .html, .svg, .png or .json file, and leave.", metavar="FILE"),
+        typer.Option(
+            help="Write the view to a .html, .svg, .png, .json, .parquet or .session file, and leave.", metavar="FILE"
+        ),
     ] = None,
     port: Annotated[int | None, typer.Option(help="Serve on this port; default 8765 or the next free one.")] = None,
     no_browser: Annotated[bool, typer.Option("--no-browser", help="Open no browser.")] = False,
@@ -123,6 +125,9 @@ def _look(
         from regard.lens.look import default_text, look
         from regard.lens.opened import is_recording
 
+        if text is not None and Path(text).suffix.lower() in export.SESSIONS and Path(text).is_file():
+            _look_at_session(console, Path(text), save, listening, no_browser)
+            return
         if text is not None and is_recording(text):
             _look_at_recording(console, text, layer, head, find, save, listening, no_browser)
             return
@@ -191,6 +196,20 @@ def _look_at_recording(
         return
     assert listening is not None
     server.serve(listening, view, refuse, _started(console, no_browser), turn=turn)
+
+
+def _look_at_session(
+    console: Console, path: Path, save: Path | None, listening: socket | None, no_browser: bool
+) -> None:
+    from regard.lens import export, server
+
+    page = export.read_session(path)
+    if save is not None:
+        export.write_session(save, page)
+        console.print(f"Wrote {save}", soft_wrap=True, markup=False)
+        return
+    assert listening is not None
+    server.serve_page(listening, export.page_html(page), _started(console, no_browser))
 
 
 def _asks() -> Asks | None:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -267,6 +268,17 @@ def _packed(one: Blob | None) -> dict[str, Any]:
     assert one is not None
     data = gzip.compress(one.bytes(), 6, mtime=0)
     return {"shape": one.shape, "dtype": one.dtype, "data": base64.b64encode(data).decode("ascii")}
+
+
+def unpacked(one: dict[str, Any]) -> Blob:
+    """A blob as it was before it was packed into a saved page.
+
+    Raises:
+        ValueError: bytes that do not fit the shape.
+    """
+    kind = np.dtype("u1" if one["dtype"] == "u8" else "<f4")
+    data = gzip.decompress(base64.b64decode(one["data"]))
+    return Blob(torch.from_numpy(np.frombuffer(data, kind).reshape(one["shape"]).copy()))
 
 
 def _thumbs(look: Look, attention: Attention) -> Tensor:

@@ -249,11 +249,41 @@ def serve(
         asks: as in `application`.
         turn: likewise.
     """
-    import uvicorn
-
     port = listening.getsockname()[1]
     reached = lambda: started(f"http://{HOST}:{port}/") if started else None  # noqa: E731
-    app = application(view, run, port, reached, asks, turn=turn)
+    _serve(listening, application(view, run, port, reached, asks, turn=turn))
+
+
+def serve_page(listening: socket.socket, html: str, started: Callable[[str], None] | None = None) -> None:
+    """Serve one saved page, which holds all its numbers, until Ctrl-C.
+
+    Args:
+        listening: from `bind`.
+        html: the page.
+        started: called with the page's address, when it can be reached.
+    """
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.routing import Route
+
+    port = listening.getsockname()[1]
+
+    def page(_: Request) -> Response:
+        return Response(html, media_type="text/html; charset=utf-8")
+
+    @asynccontextmanager
+    async def life(_: Any) -> AsyncIterator[None]:
+        if started is not None:
+            started(f"http://{HOST}:{port}/")
+        yield
+
+    _serve(listening, _guarded(Starlette(routes=[Route("/", page, methods=["GET"])], lifespan=life), port))
+
+
+def _serve(listening: socket.socket, app: Any) -> None:
+    import uvicorn
+
     config = uvicorn.Config(
         app, log_level="error", access_log=False, server_header=False, timeout_graceful_shutdown=1, ws="none"
     )

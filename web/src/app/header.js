@@ -70,7 +70,7 @@ function SaveMenu() {
   const item = (format, what) => html`<button type="button" onClick=${() => (setOpen(false), save(format))}><b>${format.toUpperCase()}</b> ${what}</button>`;
   return html`<div class="menu" ref=${ref}>
     <button type="button" aria-expanded=${String(open)} aria-label="save this view" onClick=${() => setOpen(!open)}><span aria-hidden="true">⇩</span> <span class="wide">save</span></button>
-    ${open && html`<div class="choices">${item("html", "this page, offline")}${item("svg", "the picture")}${item("png", "the picture, as pixels")}${item("json", "the numbers")}</div>`}
+    ${open && html`<div class="choices">${item("html", "this page, offline")}${item("svg", "the picture")}${item("png", "the picture, as pixels")}${item("json", "the numbers")}${item("session", "to open again with regard look")}</div>`}
   </div>`;
 }
 

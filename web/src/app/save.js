@@ -20,8 +20,8 @@ const LARGEST = 48e6; // bytes of weights that a saved page carries
 export async function save(format) {
   const name = `regard-layer${selection.value.layer}-head${selection.value.head}.${format}`;
   try {
-    const made = { html: page, svg: async () => svg(), png: picture, json: async () => JSON.stringify(view(), null, 1) };
-    const types = { html: "text/html", svg: "image/svg+xml", png: "image/png", json: "application/json" };
+    const made = { html: page, session: held, svg: async () => svg(), png: picture, json: async () => JSON.stringify(view(), null, 1) };
+    const types = { html: "text/html", svg: "image/svg+xml", png: "image/png", json: "application/json", session: "application/json" };
     const body = await made[format]();
     const link = document.createElement("a");
     link.href = URL.createObjectURL(body instanceof Blob ? body : new Blob([body], { type: types[format] }));
@@ -52,14 +52,18 @@ async function picture() {
   return new Promise((resolve, reject) => canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new Error("the picture is too large"))), "image/png"));
 }
 
-async function page() {
+async function held() {
   const { payload } = recording.value;
   const blobs = payload.live ? await collect(payload) : payload.blobs;
   const s = selection.value;
   const sides = payload.sides.map((side) => (side.packed || side.count ? { name: side.name, packed: side.packed, count: side.count } : side));
   const kept = { ...payload, sides, live: false, view: toHash(s), blobs };
-  const text = JSON.stringify(kept).replace(/</g, "\\u003c");
-  const html = payload.live ? await (await fetch("./")).text() : source;
+  return JSON.stringify(kept).replace(/</g, "\\u003c");
+}
+
+async function page() {
+  const text = await held();
+  const html = recording.value.payload.live ? await (await fetch("./")).text() : source;
   const slot = /(<script type="application\/json" id="regard-payload">)[^<]*(<\/script>)/;
   if (!slot.test(html)) throw new Error("the page has no place for its recording");
   return html.replace(slot, (_, start, end) => start + text + end);
