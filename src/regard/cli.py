@@ -66,7 +66,8 @@ def look(
     text: Annotated[
         str | None,
         typer.Argument(
-            help="What the model reads; for a speech model the path of a .wav file; the directory of a recording; or a saved .session or .html."
+            help="What the model reads; for a speech model the path of a .wav file; the directory of a recording; or a "
+            "saved .session or .html."
         ),
     ] = None,
     model: Annotated[

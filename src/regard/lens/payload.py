@@ -162,8 +162,8 @@ def payload(
 def blob(look: Look, key: str) -> Blob | None:
     """The numbers behind a key of the page; None where the recording has no such thing.
 
-    Keys: weights, q, k, norms, lse, received by attention and layer; thumbs and measures by attention; scores by attention, layer,
-    head and row.
+    Keys: weights, q, k, norms, lse, received by attention and layer; thumbs and measures by attention; scores by
+    attention, layer, head and row.
     """
     match = KEY.fullmatch(key)
     if match is None or int(match[2]) >= len(look.attentions):

@@ -7,24 +7,14 @@ Floor 5: stands on what gives weights; matplotlib loads when it is called."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import Any
 
 LABELLED = 64  # tokens up to which each has its name on the axis
 MOST = 16_777_216  # weights in one figure: more than it has pixels
 
 
-class Weighed(Protocol):
-    """What gives exact weights (`regard.lens.recording.Recording`)."""
-
-    def weights(
-        self, layer: Any, head: int | None = ..., rows: slice = ..., cols: slice = ..., **which: Any
-    ) -> Tensor: ...
-
-
 def plot(
-    recording: Weighed,
+    recording: Any,
     layer: Any,
     head: int | None = None,
     rows: slice = slice(None),
@@ -58,7 +48,7 @@ def plot(
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("plot: matplotlib must be installed; got none. Run: pip install matplotlib.") from None
-    record = recording.layer(layer, which.get("kind", "self"))  # type: ignore[attr-defined]
+    record = recording.layer(layer, which.get("kind", "self"))
     size = [sum(step.seq_len_q for step in record.steps), record.steps[-1].seq_len_kv]
     down, across = range(size[0])[rows], range(size[1])[cols]
     if len(down) * len(across) > MOST:
