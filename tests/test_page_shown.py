@@ -267,3 +267,76 @@ def test_nothing_sticks_out(open_page, width, recording):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     press(page, "4")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_two_texts_are_compared_word_by_word(open_page, server):
+    server.payload["asks"] = ["compare"]
+    rng = np.random.default_rng(1)
+    words = ["The", "sat", "on", "it"]
+    first, second = rng.random((2, 4, 4)).round(3)
+    told = {"text": "The dog sat on it", "model": "another", "words": words, "first": first.tolist(),
+            "second": second.tolist(), "only_first": ["cat"], "only_second": ["dog"]}  # fmt: skip
+    server.answers += [(200, told, None), (422, {"error": "Texts must have two words in common."}, None)]
+    page = open_page(address=server.address, view=f"{AT}&view=compare")
+    page.get_by_label("compare with").fill("The dog sat on it")
+    page.get_by_label("compare with").press("Enter")
+    region = page.get_by_role("region", name="comparison")
+    region.get_by_text("What changes most").wait_for()
+    asked = json.loads(server.asked[0])
+    assert asked == {"other": "The dog sat on it", "attention": 0, "layer": 5, "head": 11}
+    text = region.inner_text().replace("\n", " ")
+    change = second - first
+    row, col = np.unravel_index(np.abs(change).argmax(), change.shape)
+    assert f"{words[row]} → {words[col]}" in text
+    shown = [int(100 * one[row, col] + 0.5) for one in (first, second)]
+    assert f"{shown[0]} % → {shown[1]} %" in text
+    assert "first: cat; second: dog" in text
+    assert "second, another" in text
+    canvas = region.get_by_role("img", name="second map")
+    pixels = np.array(canvas.evaluate("c => [...c.getContext('2d').getImageData(0, 0, 4, 4).data]"), float)
+    dark = pixels.reshape(4, 4, 4)[..., :3].sum(-1)
+    assert np.unravel_index(dark.argmin(), (4, 4)) == np.unravel_index(
+        second.argmax() if second.max() > first.max() else dark.argmin(), (4, 4)
+    )
+    signs = region.locator("path[data-change]").evaluate_all("p => p.map(x => x.dataset.change.split('/')[0])")
+    assert set(signs) == {"hue0", "hue1"}
+    assert "with=The%20dog%20sat%20on%20it" in page.url
+    page.get_by_role("button", name="Sentence", exact=True).click()
+    click_head(page, 3, 1)
+    page.get_by_role("button", name="Compare", exact=True).click()
+    region.get_by_text("Texts must have two words in common.").wait_for()
+    assert json.loads(server.asked[1])["layer"] == 3
+    forget_expected(open_page, "422")
+    forget_expected(open_page, "404")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing_serious_on_what_is_new(open_page, server, theme):
+    from test_page_access import WEB, serious
+
+    source = WEB / "node_modules" / "axe-core" / "axe.min.js"
+    if not source.exists():
+        pytest.skip("needs tool: axe-core (npm ci in web/)")
+    axe = source.read_text(encoding="utf-8")
+    server.payload["asks"] = ["compare", "effects"]
+    weights = merged(*encoder_recording(), 0, 5, 11)[:4, :4].tolist()
+    told = {"text": "x", "model": "another", "words": list("abcd"), "first": weights, "second": weights[::-1],
+            "only_first": [], "only_second": []}  # fmt: skip
+    server.answers += [answer_of(0.05), (200, told, None)]
+    view = f"{AT}&w=0.{IT}&pins=0.{IT},0.3-5&shade=received"
+    page = open_page(address=server.address, view=view, theme=theme)
+    page.locator("path[data-from]").first.wait_for(state="attached")
+    assert serious(page, axe) == []
+    press(page, "4")
+    page.get_by_role("button", name="cut this line").click()
+    page.get_by_text("changes more than they do").wait_for()
+    assert serious(page, axe) == []
+    press(page, "5")
+    page.get_by_label("compare with").press("Enter")
+    page.get_by_text("What changes most").wait_for()
+    assert serious(page, axe) == []
+    page.get_by_role("button", name="Heads", exact=True).click()
+    page.get_by_label("sort by").select_option("entropy")
+    settle(page)
+    assert serious(page, axe) == []
+    forget_expected(open_page, "404")

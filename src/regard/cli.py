@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from regard.lens.links import Found
     from regard.lens.look import Look
+    from regard.lens.models import Loaded
     from regard.lens.server import Asks, View
 
 app = typer.Typer(
@@ -85,6 +86,10 @@ def look(
     target: Annotated[
         str | None, typer.Option(help="What an encoder-decoder shall have written; default what it writes itself.")
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="Another model or checkpoint that the page compares this one with.", metavar="MODEL"),
+    ] = None,
     save: Annotated[
         Path | None,
         typer.Option(
@@ -99,7 +104,7 @@ def look(
 
     console = Console(highlight=False)
     try:
-        _look(console, text, model, layer, head, find, target, save, port, no_browser)
+        _look(console, text, model, layer, head, find, target, save, port, no_browser, against)
     except (ImportError, OSError, ValueError) as refused:
         raise typer.Exit(_refused(refused)) from None
 
@@ -115,6 +120,7 @@ def _look(
     save: Path | None,
     port: int | None,
     no_browser: bool,
+    against: str | None,
 ) -> None:
     from regard.lens import export, server
 
@@ -136,6 +142,7 @@ def _look(
             from regard.lens.models import load
 
             loaded = load(model, report)
+            other = None if against is None else load(against, report)
             chosen = default_text(loaded) if text is None else text
             if chosen is None:
                 raise ValueError(
@@ -161,7 +168,7 @@ def _look(
             return _view(look(loaded, new), None, None, None, live=True)[0]
 
         assert listening is not None
-        server.serve(listening, view, again, _started(console, no_browser), _asks())
+        server.serve(listening, view, again, _started(console, no_browser), _asks(other))
     finally:
         if listening is not None:
             listening.close()
@@ -213,12 +220,15 @@ def _look_at_session(
     server.serve_page(listening, export.page_html(page), _started(console, no_browser))
 
 
-def _asks() -> Asks | None:
-    """What the page may ask of the model; None where this version measures no effects."""
+def _asks(other: Loaded | None) -> Asks:
+    """What the page may ask of the model: comparisons, and the effects of cuts where this version measures them."""
     from importlib import import_module
     from importlib.util import find_spec
 
-    return None if find_spec("regard.lens.asking") is None else import_module("regard.lens.asking").ASKS
+    from regard.lens.compare import Comparing
+
+    effects = {} if find_spec("regard.lens.asking") is None else import_module("regard.lens.asking").ASKS
+    return {**effects, "compare": Comparing(other)}
 
 
 def _started(console: Console, no_browser: bool) -> Callable[[str], None]:

@@ -330,5 +330,5 @@ def _guarded(app: Any, port: int) -> Any:
 
 def _plain(sentence: str) -> str:
     """An error without the name of the function that raised it."""
-    words = sentence.removeprefix("look: ").removeprefix("map: ").removeprefix("effects: ")
+    words = sentence.removeprefix("look: ").removeprefix("map: ").removeprefix("effects: ").removeprefix("compare: ")
     return words[:1].upper() + words[1:]

@@ -89,7 +89,7 @@ export function Tabs({ act }) {
   const { attentions } = recording.value.payload;
   const tab = (view, name) => html`<button type="button" aria-pressed=${String(s.view === view)} onClick=${() => act({ type: "view", view })}>${name}</button>`;
   return html`<nav class="tabs" aria-label="views">
-    <div role="group" aria-label="view">${tab("sentence", "Sentence")}${tab("heads", "Heads")}${tab("map", "Map")}${tab("effects", "Effects")}</div>
+    <div role="group" aria-label="view">${tab("sentence", "Sentence")}${tab("heads", "Heads")}${tab("map", "Map")}${tab("effects", "Effects")}${tab("compare", "Compare")}</div>
     ${attentions.length > 1 &&
     html`<div role="group" aria-label="attention" class="kinds">
       ${attentions.map((a, i) => html`<button type="button" aria-pressed=${String(s.attention === i)} onClick=${() => act({ type: "attention", index: i })}>${a.label}</button>`)}

@@ -15,7 +15,7 @@ export const KEYS = [
   ["m", "several heads at once; then a click on a head adds it"],
   ["r", "turn the question round: who looks at this word"],
   ["s", "words or subwords"],
-  ["1 2 3 4", "sentence, heads, map, effects"],
+  ["1 2 3 4 5", "sentence, heads, map, effects, compare"],
   ["?", "this list"],
 ];
 
@@ -46,6 +46,7 @@ export function onKey(event, { find, help }) {
     2: () => act({ type: "view", view: "heads" }),
     3: () => act({ type: "view", view: "map" }),
     4: () => act({ type: "view", view: "effects" }),
+    5: () => act({ type: "view", view: "compare" }),
     "?": help,
   };
   const does = keys[event.key] ?? keys[event.key.toLowerCase?.()];

@@ -10,6 +10,7 @@ import { MAP_LIMIT, mapTable, mapView } from "../views/map.js";
 import { excerpt, sentenceView } from "../views/sentence.js";
 import { Atlas } from "./atlas.js";
 import { act, focusWord, openWindow, pickCell, wordSelector } from "./actions.js";
+import { ComparePanel } from "./compare.js";
 import { EffectsPanel } from "./effects.js";
 import { measure } from "./measure.js";
 import { arrived, cell, hover, hovered, recording, selection, theme } from "./store.js";
@@ -75,6 +76,7 @@ function View({ width, compact }) {
     <div class="sentence" onPointerLeave=${leave}><${Pages} /><${Picture} list=${sentence} on=${hands} theme=${theme.value} /></div>
     ${s.view === "map" && html`<${large ? Atlas : MapPanel} width=${beside ? Math.floor(width / 2) - 24 : width} key=${`${large}${s.attention}`} />`}
     ${s.view === "heads" && html`<${HeadsPanel} width=${width} />`}
+    ${s.view === "compare" && html`<${ComparePanel} width=${width} key=${r.payload.text} />`}
     ${s.view === "effects" && html`<${EffectsPanel} width=${width} />`}
   </div>`;
 }

@@ -4,11 +4,12 @@
 // side, word               the word in front         pins    pinned words [{side, word}]
 // target                   the unit at the far end of the pair whose number is explained; null = the strongest link
 // mode "to" | "from"       what it looks at | who looks at it         unit "word" | "token"
-// view "sentence" | "heads" | "map"     sort "position" | "link"      origin: is "how it came about" open
+// view "sentence" | "heads" | "map" | "effects" | "compare"     sort "position" | "link" | a measure      origin: is "how it came about" open
 // first: the first unit shown of a long text     camera: {scale: px a token, row, col at the middle} of a large map, null = all
 // kind "max" | "mass": what a cell of a large map stands for
 // over "" | one of OVER: heads and layers as one     bare: sinks hidden, the rest scaled up     special: are markers shown
 // shade "" | "received" | "given": every word shaded     top, least: how many lines a word has, and from which weight on
+// other: the text that this one is compared with
 // a pin of several words has a last one: {side, word, last}
 
 import { translateUnit } from "./recording.js";
@@ -16,7 +17,7 @@ import { HUES } from "./colour.js";
 import { SHOWN, SMALLEST } from "./links.js";
 
 export const OVER = ["layer-mean", "layer-max", "all-mean", "all-max"];
-const VIEWS = ["heads", "map", "steps", "effects", "compare"];
+const VIEWS = ["heads", "map", "effects", "compare"];
 const LEAD = 60; // units before the word that a long text is opened at
 const PART = 320;
 
@@ -47,6 +48,7 @@ export function initialSelection(payload) {
     shade: "",
     top: SHOWN,
     least: SMALLEST,
+    other: "",
   };
 }
 
@@ -172,7 +174,16 @@ export function toHash(selection) {
   if (selection.shade) parts.push(`shade=${selection.shade}`);
   if (selection.top !== SHOWN) parts.push(`top=${selection.top}`);
   if (selection.least !== SMALLEST) parts.push(`least=${selection.least}`);
+  if (selection.other) parts.push(`with=${encodeURIComponent(selection.other)}`);
   return `#${parts.join("&")}`;
+}
+
+function plain(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return "";
+  }
 }
 
 // An address may come from anywhere: what does not fit this recording is left out, never an error.
@@ -202,6 +213,7 @@ export function fromHash(hash, recording) {
   if (fields.least >= 0 && fields.least < 1) selection.least = Number(fields.least);
   selection.origin = fields.how === "1";
   selection.first = whole(fields.first) ?? 0;
+  selection.other = plain(fields.with ?? "").slice(0, 2000);
   selection.kind = fields.cell === "mass" ? "mass" : "max";
   const [scale, row, col] = (fields.at ?? "").split("_").map(Number);
   if (scale > 0 && scale < 100 && row >= 0 && col >= 0) selection.camera = { scale, row, col };

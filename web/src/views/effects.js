@@ -45,7 +45,7 @@ export function effectsView(made, { width, measure }) {
     column.y += 22;
   };
   for (const { name, how, answer, error } of made) {
-    column.text(name, { size: 15, weight: 600, heading: 3 }).text(how, { fill: "soft" }).gap(4);
+    column.text(name, { size: 15, weight: 600, heading: 2 }).text(how, { fill: "soft" }).gap(4);
     if (error) column.text(error, { fill: "warn" });
     else if (!answer) column.text("Measuring …", { fill: "soft" });
     else {

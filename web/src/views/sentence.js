@@ -278,7 +278,8 @@ function words(recording, selection, side, layout, { askers, tints }) {
       fill: units[i].special ? "soft" : "ink",
       anchor: "middle",
     });
-    if (selection.shade && tint && box.w > 30) inside.push({ t: "text", x: box.w / 2, y: box.h + 10, text: percent(tint.value), size: 10, fill: "soft", anchor: "middle", tabular: true, quiet: true });
+    const said = selection.shade && tint && box.w > 30 ? ` ${percent(tint.value)}` : "";
+    if (said) inside.push({ t: "text", x: box.w / 2, y: box.h + 10, text: percent(tint.value), size: 10, fill: "soft", anchor: "middle", tabular: true, quiet: true });
     return {
       t: "button",
       key: `word${side}.${i}`,
@@ -287,7 +288,7 @@ function words(recording, selection, side, layout, { askers, tints }) {
       y: box.y,
       w: box.w,
       h: box.h,
-      name: units[i].text.trim() || box.text,
+      name: (units[i].text.trim() || box.text) + said,
       pressed: pinned >= 0,
       tab: current === null ? at === 0 && side === firstSide(selection, recording) : current === i,
       action: { type: "pin", side, word: i },
