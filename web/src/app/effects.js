@@ -39,7 +39,7 @@ export function EffectsPanel({ width }) {
     if (made.value.length) made.value = [];
   }
   if (!r.payload.live || !r.payload.asks?.includes("effects"))
-    return html`<div class="effects"><p class="note">Cutting needs the model itself: open the text with regard look TEXT. This page shows a recording.</p></div>`;
+    return html`<div class="effects"><p class="note">${r.payload.runs ? "This server measures no effects." : "Cutting needs the model itself: open the text with regard look TEXT. This page shows a recording."}</p></div>`;
   const front = frontOf(r, selection.value, null);
   const can = cutsAt(r, selection.value, front?.links ? front : null);
   const button = (label, what) => html`<button type="button" disabled=${!what} onClick=${() => cut(what, ablation, renormalise)}>${label}${what ? "" : " (choose a word first)"}</button>`;

@@ -9,7 +9,7 @@ const STEPS = 12;
 export function compareView(answer, { width, measure, names }) {
   const { words, first, second } = answer;
   const gutter = Math.min(80, Math.max(...words.map((word) => measure(shownText(word), 11, 400))) + 8);
-  const across = width >= 700 ? 3 : 1;
+  const across = width >= 560 ? 3 : 1;
   const room = Math.floor((width - 24 * (across - 1)) / across);
   const size = Math.max(1, Math.min(28, Math.floor(((Math.min(room, 420) - gutter) / words.length) * 10) / 10));
   const labelled = size >= 10;
