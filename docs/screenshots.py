@@ -7,6 +7,7 @@ Runs the real server on a real model and drives it in headless Chromium: python 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import threading
@@ -81,7 +82,11 @@ def main() -> None:
                         page.locator("section.inspector .picture").wait_for()
                         if view.endswith("view=map") and address != pages[0][0]:
                             page.get_by_role("status").filter(has_text="exact").first.wait_for()
-                        page.wait_for_function("!/Reading|computing/.test(document.body.innerText)")
+                        waiting = page.get_by_text(re.compile(r"^(Reading|Measuring|computing)\b.*…$"))
+                        for _ in range(300):
+                            if not waiting.count():
+                                break
+                            page.wait_for_timeout(100)
                         page.evaluate(
                             "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
                         )

@@ -107,11 +107,11 @@ def test_dragging_moves_the_map_the_address_keeps_it_and_back_undoes_it(open_pag
     page.mouse.down()
     page.mouse.move(middle[0] + 120, middle[1] - 80, steps=4)
     page.mouse.up()
-    page.wait_for_function("before => location.href !== before", arg=before)
+    page.wait_for_url(lambda url: url != before)
     scale, row, col = (float(part) for part in re.search(r"at=([\d._]+)", page.url)[1].split("_"))
     assert (scale, row, col) == (1, pytest.approx(1380, abs=1), pytest.approx(480, abs=1))
     page.go_back()
-    page.wait_for_function("before => location.href === before", arg=before)
+    page.wait_for_url(before)
     again = opened(open_page, served, f"&view=map&at={scale}_{row}_{col}")
     box = plane(again)
     again.mouse.move(box["x"] + box["width"] / 2 + 0.5, box["y"] + box["height"] / 2 + 0.5)
@@ -166,7 +166,6 @@ def test_without_webgl_a_plain_canvas_shows_the_same(open_page, served):
         plane(page)
         canvas = page.locator(".plane canvas")
         assert canvas.get_attribute("data-painter") == ("canvas" if broken else "webgl2")
-        page.wait_for_function("!document.querySelector('.atlas').innerText.includes('computing')")
         page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
         seen.append(np.array(canvas.evaluate(COLOURS), float).reshape(64, 64, 4))
     assert np.abs(seen[0] - seen[1]).mean() < 4
@@ -202,7 +201,7 @@ def test_a_long_text_is_turned_like_pages_and_never_all_in_the_document(open_pag
     page.keyboard.press("/")
     page.keyboard.type("2345")
     page.keyboard.press("Enter")
-    page.wait_for_function("document.activeElement.dataset.word === '2345'")
+    page.locator('button.word[data-word="2345"]:focus').wait_for()
     assert page.locator("button.word").count() == 320
     row = served[1][2345]
     inspector = page.get_by_role("region", name="inspector")
