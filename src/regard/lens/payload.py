@@ -247,6 +247,9 @@ def looked_at(look: Look, index: int, selection: dict[str, Any]) -> dict[str, Bl
     queries, keys = look.sides[attention.query_side], look.sides[attention.key_side]
     top = level_of(max(len(queries.tokens), len(keys.tokens)), CELLS)
     wanted = [f"tile/{at}/max/{top}/0/0"]
+    if top:  # and half as coarse, which is what a screen shows of the whole
+        down, across = (range(-(-len(side.tokens) // (CELLS << (top - 1)))) for side in (queries, keys))
+        wanted += [f"tile/{at}/max/{top - 1}/{row}/{col}" for row in down for col in across]
     if selection["word"] is not None:
         first, stop = queries.words[selection["word"]].tokens
         wanted.append(f"row/{at}/{first}/{stop}")
