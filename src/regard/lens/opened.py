@@ -7,6 +7,7 @@ Floor 6: stands on the recording and on the embedded models' tokenizers."""
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +106,20 @@ def _sides(
             sides.append(read_ids(tokenizer, ids.tolist(), name))
             continue
         unnamed = True
-        names = [str(at) for at in range(length)]
-        tokens = tuple(Token(text, False, at) for at, text in enumerate(names))
-        sides.append(Side(name, tokens, tuple(Word(text, (at, at + 1), False) for at, text in enumerate(names))))
+        sides.append(_named_by_place(name, length))
     notes = ("The words of this recording are not known here: each token is named by its place.",) if unnamed else ()
     return tuple(sides), notes
+
+
+def _named_by_place(name: str, length: int) -> Side:
+    collecting = gc.isenabled()
+    gc.disable()  # so many small objects at once: looking for garbage among them would take four times as long
+    try:
+        tokens = tuple(Token(str(at), False, at) for at in range(length))
+        return Side(name, tokens, tuple(Word(token.text, (token.word, token.word + 1), False) for token in tokens))
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _tokenizer(recording: Recording) -> Any:
