@@ -324,8 +324,8 @@ def test_a_write_that_fails_leaves_the_older_file(seen, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("page.gif", r"--save must end in .html, .svg, .png or .json; got page.gif. Choose"),
-        ("page", r"--save must end in .html, .svg, .png or .json; got page. Choose"),
+        ("page.gif", r"--save must end in .html, .svg, .png, .json, .parquet or .session; got page.gif. Choose"),
+        ("page", r"--save must end in .html, .svg, .png, .json, .parquet or .session; got page. Choose"),
         ("none/page.html", r"--save must lie in a directory that exists; got .*none/page.html. Make"),
         ("folder.html", r"--save must be a file; got the directory .*folder.html. Add a name."),
     ],
