@@ -27,7 +27,7 @@ FOLDERS = {
     "tests/": "tests mirror src/regard; a test's name is a sentence",
     "benchmarks/": "what `make bench` measured, on which machine, and cost against length as a picture",
     "docs/": "the picture above, reports, and the script that brings this tree and the help below up to date",
-    "src/regard/lens/page/": "the built page, committed: one HTML file, and the drawing code for --save",
+    "src/regard/lens/page/": "the built page, committed: one HTML file, whose script draws for --save too",
 }
 LEFT_OUT = {"__pycache__", "node_modules"}
 

@@ -69,8 +69,23 @@ def attention_blobs(
         blobs[f"lse/{index}/{layer}"] = lse.astype("<f4")
         blobs[f"norms/{index}/{layer}"] = norms.astype("<f4")
         thumbs.append([block_max(one, min(24, max(queries, keys))) for one in weights])
+    every = np.stack([blobs[f"weights/{index}/{layer}"] for layer in range(layers)]).astype(np.float64)
+    blobs[f"measures/{index}"] = plain_measures(every).astype("<f4")
     blobs[f"thumbs/{index}"] = np.round(255 * np.array(thumbs)).astype("u1")
     return blobs
+
+
+MEASURES = ("entropy", "distance", "previous", "next", "first", "same")
+
+
+def plain_measures(weights):
+    """What each head does, (measures, layers, heads), from (layers, heads, queries, keys)."""
+    queries, keys = weights.shape[-2:]
+    far = np.abs(np.arange(queries)[:, None] - np.arange(keys)[None])
+    entropy = -(weights * np.log(np.maximum(weights, 1e-300))).sum(-1).mean(-1)
+    diagonal = lambda at: weights.diagonal(at, -2, -1).mean(-1)  # noqa: E731
+    first = weights[..., 1:, 0].mean(-1)
+    return np.stack([entropy, (weights * far).sum(-1).mean(-1), diagonal(-1), diagonal(1), first, diagonal(0)])
 
 
 def block_max(weights, size):
@@ -100,6 +115,7 @@ def attention_entry(**changes):
         "has_bias": False,
         "has_sink": False,
         "head_dim": 32,
+        "measures": list(MEASURES),
     }
     return {**entry, **changes}
 
@@ -259,6 +275,12 @@ def saved_html(payload, blobs):
     slot = '<script type="application/json" id="regard-payload">null</script>'
     assert page.count(slot) == 1
     return page.replace(slot, slot.replace("null", text))
+
+
+def page_script():
+    """The page's own code, as it stands in the built page."""
+    html = (PAGE / "index.html").read_text(encoding="utf-8")
+    return html.partition('<script id="regard-script">')[2].partition("</script>")[0]
 
 
 def draw_arguments(payload, blobs, **options):

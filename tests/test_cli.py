@@ -108,7 +108,7 @@ def refusals(folders, tmp_path):
         "later word": ([*llama, "--find", "cat", "it", *out], "Turn them round."),
         "layer": ([*bert, "--layer", 9, *out], "--layer must be from 0 to 2 for bert; got 9. Choose one of those."),
         "head": ([*bert, "--head", 4, *out], "--head must be from 0 to 3 for bert; got 4. Choose one of those."),
-        "ending": ([*bert, "--save", tmp_path / "page.doc"], "--save must end in .html, .svg, .png or .json; got "),
+        "ending": ([*bert, "--save", tmp_path / "page.doc"], "--save must end in .html, .svg, .png, .json, .parquet"),
         "folder": ([*bert, "--save", tmp_path / "no" / "page.html"], "--save must lie in a directory that exists"),
         "sound": (["--model", folders("whisper"), *out], "TEXT must be the path of a .wav file for whisper"),
         "port": ([*bert, "--port", 70000], "--port must be from 1 to 65535; got 70000. Choose another, or leave"),
@@ -177,7 +177,7 @@ def served(monkeypatch, *arguments):
     """What the server was given, and what the browser was, without serving."""
     given, opened = [], []
 
-    def serve(listening, view, run, started):
+    def serve(listening, view, run, started, asks=None, *, turn=None):
         given.append((view, run, listening.getsockname()))
         started("http://127.0.0.1:8765/")
 
@@ -278,3 +278,36 @@ def test_rxnmapper_links_product_atoms_to_their_reactant_atoms(real, tmp_path):
     assert len(products) == 13
     pointed = [atoms[int(weights[at, atoms].argmax())] for at in products]
     assert sum(keys[at] == held["queries"][one] for one, at in zip(products, pointed, strict=True)) >= 12
+
+
+def test_a_recording_is_opened_from_its_directory_and_a_session_from_its_file(monkeypatch, folders, tmp_path):
+    import torch
+
+    from regard.lens.layers import Keys, Layer, Step
+    from regard.lens.recording import Recording
+
+    q, keys = torch.zeros(1, 1, 3, 4), Keys(torch.zeros(1, 1, 3, 4), torch.ones(1, 1, 3))
+    steps = [Step(at, q, torch.full((1, 1, 3), 3.0).log(), keys, ((0, 3),), 0.5, None, None, None, None, 0, 0)
+             for at in range(2)]  # fmt: skip
+    Recording([Layer("attention", 0, "encoder", steps)], {"id": "tiny"}).save(tmp_path / "held")
+    turned = []
+
+    def serve(listening, view, run, started, asks=None, *, turn=None):
+        with pytest.raises(ValueError, match=r"text must be run by a model; got a recording, which holds none"):
+            run("a cat")
+        turned.extend([view.look.window, turn(1).look.window])
+
+    monkeypatch.setattr("regard.lens.server.serve", serve)
+    run = look(tmp_path / "held", "--no-browser")
+    assert run.exit_code == 0, run.output
+    assert turned == [(0, 2), (1, 2)]
+    session, again = tmp_path / "one.session", tmp_path / "again.svg"
+    assert look(tmp_path / "held", "--save", session).exit_code == 0
+    assert look(session, "--save", again).exit_code == 0
+    first = tmp_path / "first.svg"
+    assert look(tmp_path / "held", "--save", first).exit_code == 0
+    assert first.read_bytes() == again.read_bytes()
+    pages = []
+    monkeypatch.setattr("regard.lens.server.serve_page", lambda _listening, html, _started: pages.append(html))
+    assert look(session, "--no-browser").exit_code == 0
+    assert "regard-page/1" in pages[0]

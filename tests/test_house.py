@@ -346,4 +346,3 @@ def test_the_built_package_holds_the_page(tmp_path):
     assert spec.origin is not None
     page = Path(spec.origin).parent / "lens" / "page"
     assert (page / "index.html").is_file()
-    assert (page / "draw.js").is_file()

@@ -10,6 +10,7 @@ import torch
 
 from regard.lens import export, links
 from regard.lens.look import look
+from regard.lens.measures import measures, names
 from regard.lens.models import load
 from regard.lens.payload import blob, first_selection, payload, saved
 from tiny_folders import SENTENCE, make
@@ -173,6 +174,29 @@ def test_keys_of_nothing_give_nothing(seen, key):
     assert blob(seen("bert"), key) is None
 
 
+@pytest.mark.parametrize("kind", ["bert", "llama", "t5"])
+def test_measures_of_every_head_are_the_plain_means(seen, kind):
+    view = seen(kind)
+    for index, attention in enumerate(view.attentions):
+        found = measures(view, index).double()
+        assert found.shape == (len(names(view, index)), len(attention.layers), attention.num_heads)
+        for row, layer in enumerate(attention.layers):
+            weights = view.recording.weights(layer).double()
+            n, m = weights.shape[1:]
+            far = (torch.arange(n)[:, None] - torch.arange(m)).abs()
+            plain = {
+                "entropy": -(weights * weights.clamp(min=1e-300).log()).sum(-1).mean(-1),
+                "first": weights[:, 1:, 0].mean(-1),
+            }
+            if attention.query_side == attention.key_side:
+                diagonal = lambda at: weights.diagonal(at, 1, 2).mean(-1)  # noqa: E731, B023
+                plain |= {"previous": diagonal(-1), "next": diagonal(1), "same": diagonal(0)}
+                plain["distance"] = (weights * far).sum(-1).mean(-1)
+            assert set(plain) == set(names(view, index))
+            for at, name in enumerate(names(view, index)):
+                torch.testing.assert_close(found[at, row], plain[name], atol=1e-6, rtol=1e-5)
+
+
 def test_thumbs_of_a_longer_text_are_block_maxima(tmp_path):
     text = " ".join([SENTENCE] * 6)
     view = look(load(str(make(tmp_path / "llama", "llama"))), text)
@@ -213,8 +237,9 @@ def test_a_saved_page_carries_its_numbers(seen):
     view = seen("t5")
     page = saved(payload(view, first_selection(view, None, None, None), live=True), view)
     assert page["live"] is False
-    keys = {f"{name}/{index}/{layer}" for name in ("weights", "q", "k", "norms", "lse") for index in range(3)
-            for layer in range(2)} | {f"thumbs/{index}" for index in range(3)}  # fmt: skip
+    of_layers = ("weights", "q", "k", "norms", "lse")
+    keys = {f"{name}/{index}/{layer}" for name in of_layers for index in range(3) for layer in range(2)}
+    keys |= {f"{name}/{index}" for name in ("thumbs", "measures") for index in range(3)}
     assert set(page["blobs"]) == keys
     assert np.array_equal(unpacked(page["blobs"]["weights/2/1"]), view.recording.weights(1, kind="cross").numpy())
 
@@ -299,8 +324,8 @@ def test_a_write_that_fails_leaves_the_older_file(seen, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("page.gif", r"--save must end in .html, .svg, .png or .json; got page.gif. Choose"),
-        ("page", r"--save must end in .html, .svg, .png or .json; got page. Choose"),
+        ("page.gif", r"--save must end in .html, .svg, .png, .json, .parquet or .session; got page.gif. Choose"),
+        ("page", r"--save must end in .html, .svg, .png, .json, .parquet or .session; got page. Choose"),
         ("none/page.html", r"--save must lie in a directory that exists; got .*none/page.html. Make"),
         ("folder.html", r"--save must be a file; got the directory .*folder.html. Add a name."),
     ],
@@ -333,12 +358,34 @@ def test_texts_that_cannot_be_read_are_refused(seen, tmp_path, kind, text, targe
         look(loaded, text, target)
 
 
-def test_a_text_too_long_for_a_page_is_refused(seen, monkeypatch):
+def test_a_text_too_long_for_whole_maps_is_shown_by_rows_and_tiles(seen, monkeypatch):
     monkeypatch.setattr("regard.lens.look.LARGEST_MAP", 4 * 4 * 9 * 9)
-    with pytest.raises(
-        ValueError, match=r"text must be at most 9 tokens long for the page; got \d+. .* regard.lens.record"
-    ):
-        look(seen("llama").loaded, SENTENCE)
+    view = look(seen("llama").loaded, SENTENCE)
+    page = payload(view, first_selection(view, None, None, None))
+    assert view.long(0)
+    assert page["attentions"][0]["long"] is True
+    assert page["selection"]["word"] is None
+    assert blob(view, "weights/0/0") is None
+    assert blob(view, "q/0/0") is None
+    assert blob(view, "scores/0/0/1/5").shape == [4, len(view.sides[0].tokens)]
+    held = saved(page, view)["blobs"]
+    assert [key for key in held if key.startswith("tile/")] == ["tile/0/1/0/max/0/0/0"]
+    weights = view.recording.weights(1, head=0).numpy()
+    assert np.array_equal(unpacked(held["tile/0/1/0/max/0/0/0"]), weights)
+
+
+def test_a_long_text_travels_packed(seen, monkeypatch):
+    monkeypatch.setattr("regard.lens.payload.MANY", 4)
+    view = seen("bert")
+    packed = payload(view, first_selection(view, None, None, None))["sides"][0]["packed"]
+    numbers = {
+        name: np.frombuffer(base64.b64decode(packed[name]), "<i4").tolist() for name in ("tokens", "words", "starts")
+    }
+    side = view.sides[0]
+    assert [packed["texts"][at] for at in numbers["tokens"]] == [token.text for token in side.tokens]
+    assert [packed["texts"][at] for at in numbers["words"]] == [word.text for word in side.words]
+    assert numbers["starts"] == [word.tokens[0] for word in side.words]
+    assert packed["special"] == [at for at, word in enumerate(side.words) if word.special]
 
 
 def test_sound_is_shown_as_times_and_its_silence_as_one_word(tmp_path):

@@ -349,7 +349,7 @@ def test_the_sentence_is_one_tab_stop(encoder):
 
 def test_focus_by_tab_shows_the_lines_of_the_word(encoder):
     page = encoder
-    page.get_by_role("button", name="find a word").focus()
+    page.get_by_text("what is shown").focus()
     press(page, "Tab")
     assert page.evaluate("document.activeElement.dataset.word") == "0"
     assert {line["from"] for line in lines(page)} == {0}

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from page_fixture import (
-    PAGE,
     SENTENCE,
     attention_entry,
     blob_entry,
@@ -19,6 +18,7 @@ from page_fixture import (
     draw_arguments,
     encoder_recording,
     merged,
+    page_script,
     payload_of,
     saved_html,
     side,
@@ -33,7 +33,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 def draw():
     quickjs = pytest.importorskip("quickjs", reason="needs tool: quickjs-ng")
     context = quickjs.Context()
-    context.eval((PAGE / "draw.js").read_text(encoding="utf-8"))
+    context.eval(page_script())
     function = context.get("regardDraw")
     return lambda payload, blobs, **options: function(*draw_arguments(payload, blobs, **options))
 
@@ -126,7 +126,7 @@ def test_a_blob_of_the_wrong_length_is_refused_in_words(draw):
     broken = json.loads(arguments[1])
     broken["weights/0/5"]["shape"] = [12, 13, 14]
     context = quickjs.Context()
-    context.eval((PAGE / "draw.js").read_text(encoding="utf-8"))
+    context.eval(page_script())
     with pytest.raises(quickjs.JSException, match="blob: shape 12 × 13 × 14 of f32 needs 8736 bytes; got 8112"):
         context.get("regardDraw")(arguments[0], json.dumps(broken), arguments[2])
 

@@ -55,7 +55,8 @@ class Server:
                 )
 
             def do_POST(self):
-                text = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"]
+                body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+                text = json.loads(body)["text"] if self.path == "/api/run" else body
                 outer.asked.append(text)
                 outer.wait.wait(20)
                 status, answer, blobs = outer.answers.pop(0)

@@ -114,6 +114,106 @@ def test_a_model_that_fails_is_reported_and_the_server_goes_on(loaded):
         assert client.get("/api/payload").status_code == 200
 
 
+def test_tiles_and_rows_of_a_map_are_served_and_what_there_is_not_is_refused(client, loaded):
+    expected = view_of(loaded, SENTENCE).look.recording.weights(2, head=1).numpy()
+    tile = client.get("/api/blob/tile/0/2/1/max/0/0/0")
+    assert (tile.headers["x-shape"], tile.headers["x-dtype"], tile.headers["x-share"]) == ("13,13", "f32", "1.0000")
+    assert np.array_equal(np.frombuffer(tile.content, "<f4").reshape(13, 13), expected)
+    row = client.get("/api/blob/row/0/2/1/4/5")
+    assert np.array_equal(np.frombuffer(row.content, "<f4"), expected[4])
+    for path, message in [
+        ("tile/0/2/1/max/7/0/0", "Level must be from 0 to 0; got 7. Choose one of those."),
+        ("tile/0/2/9/max/0/0/0", "Head must be from 0 to 3; got 9. Choose one of those."),
+        ("tile/0/2/1/max/0/5/0", "Row of tiles must be from 0 to 0; got 5. Choose one of those."),
+        ("row/0/2/1/4/900", "Row must be a range of at most 256 tokens below 13; got 4 to 900. Ask for less."),
+    ]:
+        refused = client.get(f"/api/blob/{path}")
+        assert refused.status_code == 400
+        assert refused.json() == {"error": message}
+    assert client.get("/api/payload").status_code == 200
+
+
+def test_a_thousand_tiles_at_once_are_refused_and_the_session_goes_on(loaded, monkeypatch):
+    waiting, held = threading.Event(), threading.Semaphore(0)
+
+    def slow(_self, _key):
+        held.release()
+        waiting.wait(20)
+
+    monkeypatch.setattr("regard.lens.maps.Maps.answer", slow)
+    app = application(view_of(loaded, SENTENCE), lambda text: view_of(loaded, text), PORT)
+    with TestClient(app, base_url=HOME) as client:
+        answers = []
+        ask = lambda: answers.append(client.get("/api/blob/tile/0/0/0/max/0/0/0").status_code)  # noqa: E731
+        threads = [threading.Thread(target=ask) for _ in range(24)]
+        for thread in threads:
+            thread.start()
+        for _ in threads:
+            assert held.acquire(timeout=20)
+        refused = client.get("/api/blob/tile/0/0/0/max/0/0/0")
+        assert refused.status_code == 429
+        assert refused.json() == {"error": "More than 24 requests at once. Ask again when some are answered."}
+        waiting.set()
+        for thread in threads:
+            thread.join()
+        assert answers == [404] * 24
+        assert client.get("/api/blob/weights/0/0").status_code == 200
+
+
+def test_a_page_whose_text_was_replaced_is_told_to_reload(client):
+    serial = client.get("/api/payload").json()["serial"]
+    assert client.get(f"/api/blob/weights/0/0?serial={serial}").status_code == 200
+    assert client.post("/api/run", json={"text": "it was a cat"}).json()["serial"] == serial + 1
+    stale = client.get(f"/api/blob/weights/0/0?serial={serial}")
+    assert stale.status_code == 409
+    assert stale.json() == {"error": "Another text was opened on this server since. Reload the page."}
+
+
+def test_another_text_of_a_recording_is_turned_to(loaded):
+    texts = [SENTENCE, "it was a cat"]
+
+    def turn(index):
+        if not 0 <= index < 2:
+            raise ValueError(f"look: window must be from 0 to 1; got {index}. Choose one of those.")
+        return view_of(loaded, texts[index])
+
+    app = application(view_of(loaded, SENTENCE), lambda text: view_of(loaded, text), PORT, turn=turn)
+    with TestClient(app, base_url=HOME) as client:
+        assert client.post("/api/window", json={"index": 1}).json()["text"] == "it was a cat"
+        refused = client.post("/api/window", json={"index": 7})
+        assert refused.status_code == 422
+        assert refused.json() == {"error": "Window must be from 0 to 1; got 7. Choose one of those."}
+        assert client.post("/api/window", json={"index": True}).status_code == 400
+        assert client.get("/api/payload").json()["text"] == "it was a cat"
+
+
+def test_a_server_of_one_text_turns_to_no_other(client):
+    assert client.post("/api/window", json={"index": 0}).json() == {
+        "error": "There is one text here. Open a recording of several."
+    }
+
+
+def test_a_question_about_the_text_is_answered_or_refused_in_a_sentence(loaded, client):
+    assert client.post("/api/effects", json={"cuts": []}).status_code == 404
+    asked = []
+
+    def ask(look, given):
+        if given["head"] > 3:
+            raise ValueError("effects: head must be from 0 to 3; got 9. Choose one of those.")
+        asked.append((look.text, given))
+        return {"measure": "KL divergence, nats"}
+
+    view = view_of(loaded, SENTENCE)
+    with TestClient(application(view, lambda _text: view, PORT, None, {"effects": ask}), base_url=HOME) as other:
+        assert other.get("/api/payload").json()["asks"] == ["effects"]
+        assert other.post("/api/effects", json={"head": 2}).json() == {"measure": "KL divergence, nats"}
+        assert asked == [(SENTENCE, {"head": 2})]
+        refused = other.post("/api/effects", json={"head": 9})
+        assert refused.status_code == 422
+        assert refused.json() == {"error": "Head must be from 0 to 3; got 9. Choose one of those."}
+        assert other.post("/api/effects", json={"head": 2, "text": "it was a dog"}).status_code == 409
+
+
 @pytest.mark.parametrize(
     "headers",
     [

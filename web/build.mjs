@@ -1,4 +1,5 @@
-// Builds the page: web/ -> src/regard/lens/page/index.html and draw.js. `node build.mjs --check` only compares.
+// Builds the page: web/ -> src/regard/lens/page/index.html. `node build.mjs --check` only compares.
+// One script serves the browser and, where there is no document, QuickJS, in which it only offers regardDraw.
 
 import { readFile, writeFile, mkdir } from "node:fs/promises";
 import { gzipSync } from "node:zlib";
@@ -16,19 +17,16 @@ const bundle = async (entry, options) => {
 };
 
 const script = (await bundle("src/app/main.js", { target: "es2022" })).trim().replace(/<\/(script)/gi, "<\\/$1").replace(/<!--/g, "<\\!--");
-const draw = await bundle("src/draw.js", { target: "es2020" });
 const style = (await bundle("style.css", { loader: { ".css": "css" }, format: undefined })).trim();
 const shell = await readFile(join(here, "shell.html"), "utf8");
 const page = shell.replace("/*style*/", () => style).replace("/*script*/", () => script);
 
-const size = gzipSync(page, { level: 9 }).length + gzipSync(draw, { level: 9 }).length;
-if (size > LIMIT) throw new Error(`page: index.html and draw.js are ${size} bytes gzipped; the limit is ${LIMIT}`);
+const size = gzipSync(page, { level: 9 }).length;
+if (size > LIMIT) throw new Error(`page: index.html is ${size} bytes gzipped; the limit is ${LIMIT}`);
 
 await mkdir(target, { recursive: true });
-for (const [name, text] of [["index.html", page], ["draw.js", draw]]) {
-  const path = join(target, name);
-  if (process.argv.includes("--check")) {
-    if ((await readFile(path, "utf8")) !== text) throw new Error(`${name} is not what its sources build; run npm ci && node build.mjs in web/`);
-  } else await writeFile(path, text);
-}
-console.log(`index.html and draw.js: ${size} bytes gzipped of ${LIMIT}`);
+const path = join(target, "index.html");
+if (process.argv.includes("--check")) {
+  if ((await readFile(path, "utf8")) !== page) throw new Error("index.html is not what its sources build; run npm ci && node build.mjs in web/");
+} else await writeFile(path, page);
+console.log(`index.html: ${size} bytes gzipped of ${LIMIT}`);

@@ -18,11 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from socket import socket
+
     from rich.console import Console
 
     from regard.lens.links import Found
     from regard.lens.look import Look
-    from regard.lens.server import View
+    from regard.lens.models import Loaded
+    from regard.lens.server import Asks, View
 
 app = typer.Typer(
     add_completion=False,
@@ -62,7 +65,11 @@ def _root(
 @app.command()
 def look(
     text: Annotated[
-        str | None, typer.Argument(help="What the model reads; for a speech model the path of a .wav file.")
+        str | None,
+        typer.Argument(
+            help="What the model reads; for a speech model the path of a .wav file; the directory of a recording; or a "
+            "saved .session or .html."
+        ),
     ] = None,
     model: Annotated[
         str,
@@ -79,9 +86,15 @@ def look(
     target: Annotated[
         str | None, typer.Option(help="What an encoder-decoder shall have written; default what it writes itself.")
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="Another model or checkpoint that the page compares this one with.", metavar="MODEL"),
+    ] = None,
     save: Annotated[
         Path | None,
-        typer.Option(help="Write the view to a .html, .svg, .png or .json file, and leave.", metavar="FILE"),
+        typer.Option(
+            help="Write the view to a .html, .svg, .png, .json, .parquet or .session file, and leave.", metavar="FILE"
+        ),
     ] = None,
     port: Annotated[int | None, typer.Option(help="Serve on this port; default 8765 or the next free one.")] = None,
     no_browser: Annotated[bool, typer.Option("--no-browser", help="Open no browser.")] = False,
@@ -91,7 +104,7 @@ def look(
 
     console = Console(highlight=False)
     try:
-        _look(console, text, model, layer, head, find, target, save, port, no_browser)
+        _look(console, text, model, layer, head, find, target, save, port, no_browser, against)
     except (ImportError, OSError, ValueError) as refused:
         raise typer.Exit(_refused(refused)) from None
 
@@ -264,6 +277,7 @@ def _look(
     save: Path | None,
     port: int | None,
     no_browser: bool,
+    against: str | None,
 ) -> None:
     from regard.lens import export, server
 
@@ -273,11 +287,19 @@ def _look(
     listening = server.bind(port) if save is None else None
     try:
         from regard.lens.look import default_text, look
+        from regard.lens.opened import is_recording
 
+        if text is not None and Path(text).suffix.lower() in export.SESSIONS and Path(text).is_file():
+            _look_at_session(console, Path(text), save, listening, no_browser)
+            return
+        if text is not None and is_recording(text):
+            _look_at_recording(console, text, layer, head, find, save, listening, no_browser)
+            return
         with _progress() as report:
             from regard.lens.models import load
 
             loaded = load(model, report)
+            other = None if against is None else load(against, report)
             chosen = default_text(loaded) if text is None else text
             if chosen is None:
                 raise ValueError(
@@ -302,18 +324,74 @@ def _look(
                 )
             return _view(look(loaded, new), None, None, None, live=True)[0]
 
-        def started(address: str) -> None:
-            console.print(f"\n{address}   Ctrl-C stops it", soft_wrap=True, markup=False)
-            if not no_browser and _has_browser():
-                webbrowser.open(address)
-
         assert listening is not None
-        from regard.lens.asking import ASKS
-
-        server.serve(listening, view, again, started, ASKS)
+        server.serve(listening, view, again, _started(console, no_browser), _asks(other))
     finally:
         if listening is not None:
             listening.close()
+
+
+def _look_at_recording(
+    console: Console,
+    directory: str,
+    layer: int | None,
+    head: int | None,
+    find: tuple[str, str] | None,
+    save: Path | None,
+    listening: socket | None,
+    no_browser: bool,
+) -> None:
+    from regard.lens import export, server
+    from regard.lens.opened import look_at
+    from regard.lens.recording import Recording
+
+    recording = Recording.open(directory)
+
+    def turn(window: int) -> View:
+        return _view(look_at(recording, window), None, None, None, live=True)[0]
+
+    def refuse(_text: str) -> View:
+        raise ValueError("look: text must be run by a model; got a recording, which holds none. Run regard look TEXT.")
+
+    view, found = _view(look_at(recording), layer, head, find, live=save is None)
+    _print_links(console, view, found, find, layer, head)
+    if save is not None:
+        export.write(save, view.look, view.page)
+        console.print(f"Wrote {save}", soft_wrap=True, markup=False)
+        return
+    assert listening is not None
+    server.serve(listening, view, refuse, _started(console, no_browser), turn=turn)
+
+
+def _look_at_session(
+    console: Console, path: Path, save: Path | None, listening: socket | None, no_browser: bool
+) -> None:
+    from regard.lens import export, server
+
+    page = export.read_session(path)
+    if save is not None:
+        export.write_session(save, page)
+        console.print(f"Wrote {save}", soft_wrap=True, markup=False)
+        return
+    assert listening is not None
+    server.serve_page(listening, export.page_html(page), _started(console, no_browser))
+
+
+def _asks(other: Loaded | None) -> Asks:
+    """What the page may ask of the model: what cuts change, and comparisons."""
+    from regard.lens.asking import ASKS
+    from regard.lens.compare import Comparing
+
+    return {**ASKS, "compare": Comparing(other)}
+
+
+def _started(console: Console, no_browser: bool) -> Callable[[str], None]:
+    def started(address: str) -> None:
+        console.print(f"\n{address}   Ctrl-C stops it", soft_wrap=True, markup=False)
+        if not no_browser and _has_browser():
+            webbrowser.open(address)
+
+    return started
 
 
 def _view(
@@ -346,6 +424,12 @@ def _print_links(
     if found is not None and find is not None:
         console.print(table.found_table(seen, selection["attention"], found, find))
     only = (layer, head) if found is None else (selection["layer"], selection["head"])
+    if seen.long(selection["attention"]):
+        tokens = len(seen.sides[attention.query_side].tokens)
+        console.print(f"{tokens:,} tokens: the page shows their map, and what any word looks at")
+        for note in seen.notes:
+            console.print(escape(note), style="dim")
+        return
     links_table, apart = table.links_table(seen, selection["attention"], *only)
     console.print(links_table)
     console.print(apart)

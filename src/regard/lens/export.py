@@ -1,7 +1,8 @@
-"""A look as one file: .html, .svg, .png or .json.
+"""A look as one file: .html, .svg, .png, .json, .parquet or .session.
 
 Enters: a `Look` and the page's JSON.
-Leaves: a self-contained page, the page's own drawing as SVG or PNG, or the numbers of this view.
+Leaves: a self-contained page, the page's own drawing as SVG or PNG, the numbers of this view as JSON or as a table, or
+a session: what the page holds and shows, which opens to the same view and draws the same picture.
 Written beside its place and renamed into it: never half a file.
 Floor 6: stands on the built page; SVG is drawn by the page's code in QuickJS, PNG by resvg."""
 
@@ -15,15 +16,20 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from regard.lens.links import word_weights
-from regard.lens.look import Look
-from regard.lens.payload import NUMBERS, blob, saved
+import torch
 
-FORMATS = (".html", ".svg", ".png", ".json")
+from regard.lens.links import word_row, word_weights
+from regard.lens.look import Look
+from regard.lens.payload import FORMAT, NUMBERS, Blob, blob, looked_at, saved, unpacked
+
+FORMATS = (".html", ".svg", ".png", ".json", ".parquet", ".session")
+SESSIONS = (".session", ".html")
 SLOT = '<script type="application/json" id="regard-payload">null</script>'
+SCRIPT = '<script id="regard-script">'
 FONT = "DejaVu Sans"  # where it is not there, resvg takes another
 LARGEST_SCRIPT = 512_000_000
 LONGEST_DRAWING = 60
+MOST_PAIRS = 4_000_000  # rows of a table
 
 
 def check_target(path: Path) -> None:
@@ -34,7 +40,8 @@ def check_target(path: Path) -> None:
     """
     if path.suffix.lower() not in FORMATS:
         raise ValueError(
-            f"look: --save must end in .html, .svg, .png or .json; got {path.name}. Choose one of those endings."
+            f"look: --save must end in .html, .svg, .png, .json, .parquet or .session; got {path.name}. "
+            "Choose one of those endings."
         )
     if path.is_dir():
         raise ValueError(f"look: --save must be a file; got the directory {path}. Add a name.")
@@ -48,7 +55,7 @@ def write(path: Path, look: Look, page: dict[str, Any]) -> None:
     """Write one view as a file, whole or not at all; its ending says as what.
 
     Args:
-        path: where to: .html, .svg, .png or .json.
+        path: where to; its ending is one of `FORMATS`.
         look: the recording.
         page: what `regard.lens.payload.payload` gave.
 
@@ -56,8 +63,61 @@ def write(path: Path, look: Look, page: dict[str, Any]) -> None:
         ValueError: another ending, or a folder that is not there.
     """
     check_target(path)
-    make = {".html": _html, ".svg": _svg, ".png": _png, ".json": _json}[path.suffix.lower()]
+    make = {
+        ".html": _html,
+        ".svg": lambda look, page: draw(look, page).encode("utf-8"),
+        ".png": lambda look, page: painted(draw(look, page)),
+        ".json": _json,
+        ".parquet": _parquet,
+        ".session": lambda look, page: script_json(saved(page, look)).encode("utf-8"),
+    }[path.suffix.lower()]
     replace(path, make(look, page))
+
+
+def read_session(path: Path) -> dict[str, Any]:
+    """The page's JSON of a session, or of a saved page.
+
+    Args:
+        path: a .session or .html file that regard wrote.
+
+    Raises:
+        ValueError: another file, a newer one, or one that is cut short.
+    """
+    try:
+        text = path.read_text("utf-8")
+        if path.suffix.lower() == ".html":
+            text = text.partition(SLOT.partition("null")[0])[2].partition("</script>")[0]
+        page = json.loads(text)
+        if page["format"] != FORMAT or not isinstance(page["blobs"], dict):
+            raise ValueError(f"its format is {page['format']}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as broken:
+        why = f"no {broken}" if isinstance(broken, KeyError) else str(broken).rstrip(".")
+        raise ValueError(
+            f"look: session must be a file that regard saved; got {path}, which is not whole ({why}). Save it again."
+        ) from None
+    return page
+
+
+def write_session(path: Path, page: dict[str, Any]) -> None:
+    """Write an opened session as a page, a picture, or a session again.
+
+    Raises:
+        ValueError: another ending: numbers need the recording itself.
+    """
+    check_target(path)
+    ending = path.suffix.lower()
+    if ending in (".json", ".parquet"):
+        raise ValueError(
+            f"look: --save of a session must end in .html, .svg, .png or .session; got {path.name}. "
+            "Run regard look with the text for its numbers."
+        )
+    made = {
+        ".html": lambda: page_html(page).encode("utf-8"),
+        ".svg": lambda: draw_session(page).encode("utf-8"),
+        ".png": lambda: painted(draw_session(page)),
+        ".session": lambda: script_json(page).encode("utf-8"),
+    }[ending]()
+    replace(path, made)
 
 
 def page_html(page: dict[str, Any] | None = None) -> str:
@@ -68,6 +128,11 @@ def page_html(page: dict[str, Any] | None = None) -> str:
     if html.count(SLOT) != 1:
         raise RuntimeError("page/index.html has no place for a recording. Build it again: make -C web")
     return html.replace(SLOT, SLOT.replace("null", script_json(page)))
+
+
+def page_script() -> str:
+    """The page's own code, which draws without a browser too."""
+    return page_html().partition(SCRIPT)[2].partition("</script>")[0]
 
 
 def script_json(value: Any) -> str:
@@ -103,26 +168,44 @@ def draw(look: Look, page: dict[str, Any], width: int = 1280, theme: str = "ligh
         width: in pixels. Default 1280.
         theme: "light" or "dark".
     """
+    chosen = page["selection"]
+    keys = [f"{name}/{index}" for index in range(len(look.attentions)) for name in ("thumbs", "measures")]
+    keys += [f"{name}/{chosen['attention']}/{chosen['layer']}" for name in NUMBERS]
+    numbers = {key: blob(look, key) for key in keys}
+    if look.long(chosen["attention"]):
+        numbers |= looked_at(look, chosen["attention"], chosen)
+    return _drawn(page, {key: one for key, one in numbers.items() if one is not None}, width, theme)
+
+
+def draw_session(page: dict[str, Any], width: int = 1280, theme: str = "light") -> str:
+    """A session's view as SVG: the same bytes that the look it was saved from gives.
+
+    Args:
+        page: from `read_session`.
+        width: in pixels. Default 1280.
+        theme: "light" or "dark".
+    """
+    return _drawn(page, {key: unpacked(one) for key, one in page["blobs"].items()}, width, theme)
+
+
+def _drawn(page: dict[str, Any], numbers: dict[str, Blob], width: int, theme: str) -> str:
     try:
         import quickjs
     except ImportError:
         raise ValueError(
             "look: --save to .svg or .png must be drawn with quickjs-ng; got none. Run: pip install 'regard[look]'."
         ) from None
-    script = resources.files("regard.lens").joinpath("page/draw.js").read_text("utf-8")
-    chosen = page["selection"]
-    keys = [f"thumbs/{index}" for index in range(len(look.attentions))]
-    keys += [f"{name}/{chosen['attention']}/{chosen['layer']}" for name in NUMBERS]
-    blobs = {}
-    for key in keys:
-        one = blob(look, key)
-        assert one is not None
-        blobs[key] = {"shape": one.shape, "dtype": one.dtype, "data": base64.b64encode(one.bytes()).decode("ascii")}
+    blobs = {
+        key: {"shape": one.shape, "dtype": one.dtype, "data": base64.b64encode(one.bytes()).decode("ascii")}
+        for key, one in numbers.items()
+    }
+    page = {name: held for name, held in page.items() if name != "blobs"}
+    options = {"width": width, "theme": theme, "view": page.get("view")}
     context = quickjs.Context()
     context.set_memory_limit(LARGEST_SCRIPT)
     context.set_time_limit(LONGEST_DRAWING)
-    context.eval(script)
-    svg = context.get("regardDraw")(json.dumps(page), json.dumps(blobs), json.dumps({"width": width, "theme": theme}))
+    context.eval(page_script())
+    svg = context.get("regardDraw")(json.dumps(page), json.dumps(blobs), json.dumps(options))
     assert isinstance(svg, str)
     return svg
 
@@ -131,11 +214,12 @@ def _html(look: Look, page: dict[str, Any]) -> bytes:
     return page_html(saved(page, look)).encode("utf-8")
 
 
-def _svg(look: Look, page: dict[str, Any]) -> bytes:
-    return draw(look, page).encode("utf-8")
+def painted(svg: str) -> bytes:
+    """A drawing as PNG, two pixels for each of its own.
 
-
-def _png(look: Look, page: dict[str, Any]) -> bytes:
+    Raises:
+        ValueError: resvg_py or a font is missing.
+    """
     try:
         import resvg_py
     except ImportError:
@@ -149,7 +233,7 @@ def _png(look: Look, page: dict[str, Any]) -> bytes:
         raise ValueError(
             "look: --save to .png must find a font on this machine; got none. Install one (fonts-dejavu), or save .svg."
         )
-    return bytes(resvg_py.svg_to_bytes(svg_string=draw(look, page), **options))
+    return bytes(resvg_py.svg_to_bytes(svg_string=svg, **options))
 
 
 def _json(look: Look, page: dict[str, Any]) -> bytes:
@@ -157,10 +241,11 @@ def _json(look: Look, page: dict[str, Any]) -> bytes:
     chosen = page["selection"]
     attention = look.attentions[chosen["attention"]]
     queries, keys = look.sides[attention.query_side].words, look.sides[attention.key_side].words
-    weights = word_weights(look, chosen["attention"], chosen["layer"], chosen["head"])
+    long = look.long(chosen["attention"])
+    weights = None if long else word_weights(look, chosen["attention"], chosen["layer"], chosen["head"])
     links = []
     if chosen["word"] is not None:
-        row = weights[chosen["word"]]
+        row = word_row(look, chosen["attention"], chosen["layer"], chosen["head"], chosen["word"])
         order = row.argsort(descending=True, stable=True).tolist()
         asked = [{"text": keys[at].text, "from": chosen["word"], "to": at, "weight": float(row[at])} for at in order]
         links.append({"word": queries[chosen["word"]].text, "index": chosen["word"], "links": asked})
@@ -176,8 +261,50 @@ def _json(look: Look, page: dict[str, Any]) -> bytes:
         "queries": [word.text for word in queries],
         "keys": [word.text for word in keys],
         "heads": [
-            {"layer": chosen["layer"], "head": chosen["head"], "weights": weights.tolist(), "links": links},
+            {
+                "layer": chosen["layer"],
+                "head": chosen["head"],
+                "weights": None if weights is None else weights.tolist(),
+                "links": links,
+            },
         ],
         "found": page["found"],
     }
     return (json.dumps(view, ensure_ascii=False, indent=1, allow_nan=False) + "\n").encode("utf-8")
+
+
+def _parquet(look: Look, page: dict[str, Any]) -> bytes:
+    """A row for each pair of words in each head of the shown attention, as a Parquet table."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError(
+            "look: --save to .parquet must be written with pyarrow; got none. Run: pip install pyarrow."
+        ) from None
+    index = page["selection"]["attention"]
+    attention = look.attentions[index]
+    queries, keys = look.sides[attention.query_side].words, look.sides[attention.key_side].words
+    pairs = len(attention.layers) * attention.num_heads * len(queries) * len(keys)
+    if pairs > MOST_PAIRS:
+        raise ValueError(
+            f"look: --save to .parquet must have at most {MOST_PAIRS} pairs of words over all heads; got {pairs}. "
+            "Take a shorter text."
+        )
+    heads = [(number, head) for number in attention.numbers for head in range(attention.num_heads)]
+    weights = [word_weights(look, index, number, head).flatten() for number, head in heads]
+    each = len(queries) * len(keys)
+    columns = {
+        "layer": [number for number, _ in heads for _ in range(each)],
+        "head": [head for _, head in heads for _ in range(each)],
+        "query": [row for row in range(len(queries)) for _ in keys] * len(heads),
+        "key": list(range(len(keys))) * (len(queries) * len(heads)),
+        "query_text": [word.text for word in queries for _ in keys] * len(heads),
+        "key_text": [word.text for word in keys] * (len(queries) * len(heads)),
+        "weight": torch.cat(weights).float().numpy(),
+    }
+    facts = {"model": page["model"]["name"], "text": page["text"], "attention": attention.label}
+    table = pyarrow.table(columns).replace_schema_metadata(facts)
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(table, sink)
+    return sink.getvalue().to_pybytes()

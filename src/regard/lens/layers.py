@@ -151,6 +151,24 @@ class Layer:
         return self.steps[0].keys.rows.shape[3]
 
 
+def rows_of_bias(step: Step, rows: range) -> dict[str, Tensor | None]:
+    """A step's dense bias and its diagonals for some of its queries alone."""
+    bias, diagonal = (None, None) if step.bias is None else (step.bias.bias, step.bias.diagonal)
+    return cut_bias(bias, diagonal, rows, step.seq_len_q, step.seq_len_kv)
+
+
+def cut_bias(
+    bias: Tensor | None, diagonal: Tensor | None, rows: range, seq_len_q: int, seq_len_kv: int
+) -> dict[str, Tensor | None]:
+    """A dense bias (B|1, H|1, Sq|1, Skv|1) and diagonals (B|1, H|1, Sq + Skv - 1) for some queries alone."""
+    if bias is not None and bias.shape[2] > 1:
+        bias = bias[:, :, rows.start : rows.stop]
+    if diagonal is not None:
+        first = seq_len_q - rows.stop
+        diagonal = diagonal[..., first : first + len(rows) + seq_len_kv - 1]
+    return {"bias": bias, "diagonal": diagonal}
+
+
 def take_runs(rows: Tensor, runs: Runs) -> Tensor:
     """The rows (third axis) that lie in half-open runs, in order; a view where there is one run."""
     parts = [rows[:, :, start:stop] for start, stop in runs]

@@ -177,6 +177,16 @@ def word_weights(look: Look, index: int, layer: int, head: int) -> Tensor:
     return torch.cat(rows)
 
 
+def word_row(look: Look, index: int, layer: int, head: int, word: int) -> Tensor:
+    """What one word looks at in one head, (key words,)."""
+    attention = look.attentions[index]
+    record = next(one for one in attention.layers if one.number == layer)
+    tile = look.recording.weights(
+        record, head, slice(*look.sides[attention.query_side].words[word].tokens), step=0
+    ).float()
+    return look.sides[attention.key_side].merge_columns(tile.mean(0, keepdim=True))[0]
+
+
 def _word_rows(look: Look, attention: Attention, only: int | None) -> Iterator[tuple[int, int, Tensor]]:
     """(layer number, first word, weights (num_heads, some query words, key words)), layer by layer."""
     queries, keys = look.sides[attention.query_side], look.sides[attention.key_side]

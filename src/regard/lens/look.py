@@ -33,7 +33,7 @@ DEFAULT_TEXTS = {
     "mathformer-div": "7/2=",
 }
 LONGEST_TARGET = 48
-LARGEST_MAP = 256_000_000  # bytes of one layer's weights that a page can hold
+LARGEST_MAP = 24_000_000  # bytes of one layer's weights that a page takes whole; beyond, it asks for rows and tiles
 FRAMES_A_WORD = 5
 LABELS = {"encoder": "encoder self-attention", "decoder": "decoder self-attention", "cross": "cross-attention"}
 
@@ -66,7 +66,11 @@ class Attention:
 
 @dataclass(frozen=True)
 class Look:
-    """A recording with the words that its rows and columns stand for."""
+    """A recording with the words that its rows and columns stand for.
+
+    Args:
+        window: which of the recording's texts this is, and how many there are.
+    """
 
     loaded: Loaded
     text: str
@@ -74,6 +78,13 @@ class Look:
     sides: tuple[Side, ...]
     attentions: tuple[Attention, ...]
     notes: tuple[str, ...] = field(default_factory=tuple)
+    window: tuple[int, int] = (0, 1)
+
+    def long(self, index: int) -> bool:
+        """Whether one layer's weights of an attention are too many to hand out whole."""
+        attention = self.attentions[index]
+        rows, cols = (len(self.sides[side].tokens) for side in (attention.query_side, attention.key_side))
+        return 4 * attention.num_heads * rows * cols > LARGEST_MAP
 
     @property
     def front(self) -> int:
@@ -97,7 +108,7 @@ def look(loaded: Loaded, text: str, target: str | None = None, progress: Callabl
         progress: called with what happens next.
 
     Raises:
-        ValueError: an empty text, or one too long for the model or the page.
+        ValueError: an empty text, or one too long for the model.
     """
     report = progress or (lambda _message: None)
     if not text.strip():
@@ -110,7 +121,7 @@ def look(loaded: Loaded, text: str, target: str | None = None, progress: Callabl
     run = {"speech": _speech, "encoder-decoder": _two_texts}.get(loaded.shape, _one_text)
     with torch.no_grad():
         recording, sides, notes = run(loaded, text, target, report)
-    attentions = _attentions(recording, sides, loaded)
+    attentions = attentions_of(recording, sides, loaded.name)
     left_out = {layer.number for layer in recording.layers} - {n for one in attentions for n in one.numbers}
     if left_out:
         notes = (*notes, f"Layers with other head counts are left out: {', '.join(map(str, sorted(left_out)))}.")
@@ -122,7 +133,6 @@ def _one_text(
 ) -> tuple[Recording, tuple[Side, ...], tuple[str, ...]]:
     ids, side = read_text(loaded.tokenizer, text)
     _check_length(loaded, ids, loaded.longest, "text")
-    _check_map(loaded, len(ids), len(ids))
     report(f"running {loaded.name}")
     options = {"use_cache": False} if loaded.shape == "decoder" else {}
     with record(loaded.model, tokenizer=loaded.tokenizer, texts=[text]) as recording:
@@ -138,7 +148,6 @@ def _two_texts(
     inputs = {"input_ids": torch.tensor([ids])}
     written = _written(loaded, inputs, target, report)
     _check_length(loaded, written, loaded.longest, "target")
-    _check_map(loaded, max(len(ids), len(written)), len(ids))
     report(f"running {loaded.name}")
     with record(loaded.model, tokenizer=loaded.tokenizer, texts=[text]) as recording:
         loaded.model(**inputs, decoder_input_ids=torch.tensor([written]), use_cache=False)
@@ -263,7 +272,17 @@ def _how_written(target: str | None) -> str:
     return f"{what} A row of the target is a token that was read in order to write the next one."
 
 
-def _attentions(recording: Recording, sides: tuple[Side, ...], loaded: Loaded) -> tuple[Attention, ...]:
+def attentions_of(recording: Recording, sides: tuple[Side, ...], name: str) -> tuple[Attention, ...]:
+    """The attentions of a recording that go from token to token of its texts.
+
+    Args:
+        recording: with one step a layer.
+        sides: its texts.
+        name: what people call the model.
+
+    Raises:
+        ValueError: none does.
+    """
     found = []
     for kind in ("encoder", "decoder", "cross"):
         layers = sorted((one for one in recording.layers if one.kind == kind), key=lambda one: one.number)
@@ -283,8 +302,7 @@ def _attentions(recording: Recording, sides: tuple[Side, ...], loaded: Loaded) -
             found.append(Attention(kind, label, query, key, tuple(fitting)))
     if not found:
         raise ValueError(
-            f"look: model must attend from token to token of its text; got {loaded.name}, which does not. "
-            "Choose another."
+            f"look: model must attend from token to token of its text; got {name}, which does not. Choose another."
         )
     return tuple(found)
 
@@ -295,14 +313,4 @@ def _check_length(loaded: Loaded, ids: list[int], longest: int | None, what: str
     if longest is not None and len(ids) > longest:
         raise ValueError(
             f"look: {what} must be at most {longest} tokens for {loaded.name}; got {len(ids)}. Make it shorter."
-        )
-
-
-def _check_map(loaded: Loaded, rows: int, cols: int) -> None:
-    heads = int(getattr(loaded.model.config, "num_attention_heads", 1) or 1)
-    if 4 * heads * rows * cols > LARGEST_MAP:
-        most = int((LARGEST_MAP / 4 / heads) ** 0.5)
-        raise ValueError(
-            f"look: text must be at most {most} tokens long for the page; got {max(rows, cols)}. "
-            "Make it shorter, or use regard.lens.record, which has no limit."
         )

@@ -181,6 +181,21 @@ class Recording:
         )
         return found["block_mass"], found["block_max"]
 
+    def plot(self, layer: int | str | Layer, head: int | None = None, **options: Any) -> Any:
+        """Draw one head's exact weights with matplotlib; options are those of `regard.lens.plot.plot`.
+
+        Args:
+            layer: layer number, module name, or one of `layers`.
+            head: query head; None draws the mean over heads.
+            options: rows, cols, tokens, key_tokens, ax, kind, step, batch.
+
+        Returns:
+            matplotlib axes.
+        """
+        from regard.lens.plot import plot
+
+        return plot(self, layer, head, **options)
+
     def save(self, directory: str | Path) -> Path:
         """Write the recording as one directory, whole or not at all.
 

@@ -1,7 +1,7 @@
 """The live page on this machine.
 
-Enters: a first view, and a function that runs another text through the model.
-Leaves: a page on 127.0.0.1: its JSON, its numbers by key, and new texts on request.
+Enters: a first view, and functions that run another text through the model, open another text, measure an effect.
+Leaves: a page on 127.0.0.1: its JSON, its numbers by key, tiles of its maps, and new texts on request.
 Only this machine is answered: the socket is bound to loopback, Host and Origin are checked, bodies are bounded.
 Floor 6: starlette and uvicorn, loaded when it is served."""
 
@@ -19,12 +19,14 @@ from typing import Any
 
 from regard.lens.export import page_html, script_json
 from regard.lens.look import Look
-from regard.lens.payload import blob
+from regard.lens.maps import Maps
+from regard.lens.payload import Blob, blob
 
 HOST = "127.0.0.1"
 PORT = 8765
 TRIES = 20
 LARGEST_BODY = 1_000_000
+MOST_AT_ONCE = 24  # requests for numbers that are answered at a time; a browser sends six
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": (
@@ -55,6 +57,8 @@ def application(
     port: int,
     started: Callable[[], None] | None = None,
     asks: Asks | None = None,
+    *,
+    turn: Callable[[int], View] | None = None,
 ) -> Any:
     """The page as an ASGI application.
 
@@ -65,72 +69,105 @@ def application(
         started: called once, when it can be reached.
         asks: what can be asked of the model about the text that is shown, by name: POST /api/NAME with JSON; ValueError
             where it cannot be answered. "text" in the JSON, if there, must be the text that is shown.
+        turn: opens another text of the recording; None where there is one text.
     """
     from starlette.applications import Starlette
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 
-    state = {"view": view}
-    busy = threading.Lock()
+    state = {"view": view, "maps": Maps(view.look), "serial": 0}
+    busy, places = threading.Lock(), threading.BoundedSemaphore(MOST_AT_ONCE)
 
     def page(_: Request) -> Response:
         return Response(page_html(), media_type="text/html; charset=utf-8")
 
+    def told() -> Response:
+        content = script_json({**state["view"].page, "serial": state["serial"], "asks": sorted(asks or {})})
+        return Response(content, media_type="application/json")
+
     def payload(_: Request) -> Response:
-        return Response(script_json(state["view"].page), media_type="application/json")
+        return told()
 
     def numbers(request: Request) -> Response:
-        found = blob(state["view"].look, request.path_params["key"])
+        if request.query_params.get("serial", str(state["serial"])) != str(state["serial"]):
+            return _sentence(409, "Another text was opened on this server since. Reload the page.")
+        if not places.acquire(blocking=False):
+            return _sentence(429, f"More than {MOST_AT_ONCE} requests at once. Ask again when some are answered.")
+        try:
+            key, share = request.path_params["key"], 1.0
+            found = blob(state["view"].look, key)
+            if found is None:
+                tile = state["maps"].answer(key)
+                found, share = (None, 1.0) if tile is None else (Blob(tile.numbers), tile.share)
+        except ValueError as refused:
+            return _sentence(400, _plain(str(refused)))
+        finally:
+            places.release()
         if found is None:
             return _sentence(404, "There are no such numbers in this recording. Reload the page.")
-        shape = ",".join(map(str, found.shape))
-        return Response(
-            found.bytes(), media_type="application/octet-stream", headers={"X-Shape": shape, "X-Dtype": found.dtype}
-        )
+        headers = {"X-Shape": ",".join(map(str, found.shape)), "X-Dtype": found.dtype, "X-Share": f"{share:.4f}"}
+        return Response(found.bytes(), media_type="application/octet-stream", headers=headers)
 
-    async def received(request: Request) -> Any:
-        """The JSON of a request, or the refusal."""
+    async def posted(request: Request, answer: Callable[[dict[str, Any]], Response], what: str) -> Response:
+        from starlette.concurrency import run_in_threadpool
+
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            return _sentence(415, "Send the text as JSON.")
+            return _sentence(415, f"Send the {what} as JSON.")
         body = bytearray()
         try:
             async for part in request.stream():
                 body += part
                 if len(body) > LARGEST_BODY:
-                    return _sentence(413, f"The text is longer than {LARGEST_BODY:,} bytes. Send a shorter one.")
+                    return _sentence(413, f"The {what} is longer than {LARGEST_BODY:,} bytes. Send a shorter one.")
         except ClientDisconnect:
             return Response(status_code=400)
         try:
-            return json.loads(bytes(body))
+            asked = json.loads(bytes(body))
         except (ValueError, RecursionError):
-            return None
+            asked = None
+        return await run_in_threadpool(answer, asked if isinstance(asked, dict) else {})
 
     async def again(request: Request) -> Response:
-        from starlette.concurrency import run_in_threadpool
+        return await posted(request, read, "text")
 
-        asked = await received(request)
-        if isinstance(asked, Response):
-            return asked
-        text = asked.get("text") if isinstance(asked, dict) else None
-        if not isinstance(text, str):
-            return _sentence(400, 'Send {"text": "a sentence"}.')
-        return await run_in_threadpool(answer, text)
+    async def turned(request: Request) -> Response:
+        return await posted(request, other, "number")
 
     def asking(ask: Callable[[Look, Any], dict[str, Any]]) -> Callable[[Request], Awaitable[Response]]:
         async def asked(request: Request) -> Response:
-            from starlette.concurrency import run_in_threadpool
-
-            given = await received(request)
-            if isinstance(given, Response):
-                return given
-            if not isinstance(given, dict):
-                return _sentence(400, "Send a JSON object.")
-            return await run_in_threadpool(told, ask, given)
+            return await posted(request, lambda given: told_by(ask, given), "question")
 
         return asked
 
-    def told(ask: Callable[[Look, Any], dict[str, Any]], given: dict[str, Any]) -> Response:
+    def read(asked: dict[str, Any]) -> Response:
+        text = asked.get("text")
+        if not isinstance(text, str):
+            return _sentence(400, 'Send {"text": "a sentence"}.')
+        return show(lambda: run(text))
+
+    def other(asked: dict[str, Any]) -> Response:
+        index = asked.get("index")
+        if not isinstance(index, int) or isinstance(index, bool):
+            return _sentence(400, 'Send {"index": 0}.')
+        opener = turn
+        if opener is None:
+            return _sentence(422, "There is one text here. Open a recording of several.")
+        return show(lambda: opener(index))
+
+    def show(make: Callable[[], View]) -> Response:
+        with busy:
+            try:
+                fresh = make()
+            except ValueError as refused:
+                return _sentence(422, _plain(str(refused)))
+            except Exception as failed:  # the page must say so; the server goes on
+                return _sentence(500, f"The model failed: {type(failed).__name__}: {failed}")
+            state["maps"].close()
+            state.update(view=fresh, maps=Maps(fresh.look), serial=state["serial"] + 1)
+            return told()
+
+    def told_by(ask: Callable[[Look, Any], dict[str, Any]], given: dict[str, Any]) -> Response:
         with busy:
             look = state["view"].look
             if given.get("text", look.text) != look.text:
@@ -142,16 +179,6 @@ def application(
             except Exception as failed:  # the page must say so; the server goes on
                 return _sentence(500, f"The model failed: {type(failed).__name__}: {failed}")
 
-    def answer(text: str) -> Response:
-        with busy:
-            try:
-                state["view"] = run(text)
-            except ValueError as refused:
-                return _sentence(422, _plain(str(refused)))
-            except Exception as failed:  # the page must say so; the server goes on
-                return _sentence(500, f"The model failed: {type(failed).__name__}: {failed}")
-            return Response(script_json(state["view"].page), media_type="application/json")
-
     def _sentence(status: int, text: str) -> Response:
         return JSONResponse({"error": text}, status_code=status)
 
@@ -160,12 +187,14 @@ def application(
         if started is not None:
             started()
         yield
+        state["maps"].close()
 
     routes = [
         Route("/", page, methods=["GET"]),
         Route("/api/payload", payload, methods=["GET"]),
         Route("/api/blob/{key:path}", numbers, methods=["GET"]),
         Route("/api/run", again, methods=["POST"]),
+        Route("/api/window", turned, methods=["POST"]),
         *(Route(f"/api/{name}", asking(ask), methods=["POST"]) for name, ask in (asks or {}).items()),
     ]
     return _guarded(Starlette(routes=routes, lifespan=life), port)
@@ -208,6 +237,8 @@ def serve(
     run: Callable[[str], View],
     started: Callable[[str], None] | None = None,
     asks: Asks | None = None,
+    *,
+    turn: Callable[[int], View] | None = None,
 ) -> None:
     """Serve the page until Ctrl-C.
 
@@ -217,11 +248,43 @@ def serve(
         run: runs a text.
         started: called with the page's address, when it can be reached.
         asks: as in `application`.
+        turn: likewise.
     """
-    import uvicorn
+    port = listening.getsockname()[1]
+    reached = lambda: started(f"http://{HOST}:{port}/") if started else None  # noqa: E731
+    _serve(listening, application(view, run, port, reached, asks, turn=turn))
+
+
+def serve_page(listening: socket.socket, html: str, started: Callable[[str], None] | None = None) -> None:
+    """Serve one saved page, which holds all its numbers, until Ctrl-C.
+
+    Args:
+        listening: from `bind`.
+        html: the page.
+        started: called with the page's address, when it can be reached.
+    """
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.routing import Route
 
     port = listening.getsockname()[1]
-    app = application(view, run, port, lambda: started(f"http://{HOST}:{port}/") if started else None, asks)
+
+    def page(_: Request) -> Response:
+        return Response(html, media_type="text/html; charset=utf-8")
+
+    @asynccontextmanager
+    async def life(_: Any) -> AsyncIterator[None]:
+        if started is not None:
+            started(f"http://{HOST}:{port}/")
+        yield
+
+    _serve(listening, _guarded(Starlette(routes=[Route("/", page, methods=["GET"])], lifespan=life), port))
+
+
+def _serve(listening: socket.socket, app: Any) -> None:
+    import uvicorn
+
     config = uvicorn.Config(
         app, log_level="error", access_log=False, server_header=False, timeout_graceful_shutdown=1, ws="none"
     )
@@ -268,5 +331,5 @@ def _guarded(app: Any, port: int) -> Any:
 
 def _plain(sentence: str) -> str:
     """An error without the name of the function that raised it."""
-    words = re.sub(r"^(look|effects|trust): ", "", sentence)
+    words = re.sub(r"^(look|map|effects|trust|compare): ", "", sentence)
     return words[:1].upper() + words[1:]

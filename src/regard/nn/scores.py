@@ -7,7 +7,7 @@ Floor 5. Each is one public function of regard: `attention`, `additive_attention
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from regard.linear import elu_plus_one, linear_attention
 from regard.mask_algebra import And, Mask
 from regard.mask_rules import Causal
 from regard.masks import as_mask
-from regard.observe import Call, layer_index, name_of, observers
+from regard.observe import Call, changes, layer_index, name_of, observers
 from regard.positions import Frame
 
 # letters of shapes: B batch, H num_heads, K num_kv_heads, G heads of a group, N seq_len_q, M seq_len_kv, D head_dim
@@ -43,13 +43,13 @@ class Terms:
 
 
 def softmax(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, terms: Terms, *, is_cross: bool) -> Tensor:
-    """softmax(scale · q kᵀ + bias under the mask) v, told to whoever observes."""
+    """softmax(scale · q kᵀ + bias under the mask) v, told to whoever observes or changes it."""
     named = {
         "mask": terms.mask, "bias": terms.bias, "scale": terms.scale, "softcap": terms.softcap, "sinks": terms.sinks,
         "dropout": terms.dropout, "query_offset": terms.query_offset, "key_offset": terms.key_offset,
         "cache": terms.cache,
     }  # fmt: skip
-    if torch.compiler.is_compiling() or not observers():
+    if torch.compiler.is_compiling() or not (observers() or changes()):
         return attention(q, k, v, **named)
     query_offset = 0 if terms.query_offset is None else terms.query_offset
     key_offset = terms.key_offset
@@ -67,23 +67,26 @@ def softmax(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, terms: Terms, *,
         name=name_of(module),
         layer_index=layer_index(module),
         is_cross=is_cross,
-        q=q.detach(),
-        k=k.detach(),
-        v=v.detach(),
+        q=q,
+        k=k,
+        v=v,
         mask=None if terms.mask is None else as_mask(terms.mask, _NAME),
-        bias=None if dense is None else dense.detach(),
-        diagonal=None if diagonal is None else diagonal.detach(),
-        sinks=None if terms.sinks is None else terms.sinks.detach(),
+        bias=dense,
+        diagonal=diagonal,
+        sinks=terms.sinks,
         scale=q.shape[3] ** -0.5 if terms.scale is None else terms.scale,
         softcap=terms.softcap,
         query_offset=query_offset,
         key_offset=key_offset,
-        out=stats.out.detach(),
-        lse=stats.lse.detach(),
+        out=stats.out,
+        lse=stats.lse,
     )
+    for change in changes():
+        call = replace(call, out=change(call))
+    seen = call.detached()
     for callback in observers():
-        callback(call)
-    return stats.out
+        callback(seen)
+    return call.out
 
 
 def additive(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, terms: Terms) -> Tensor:

@@ -13,12 +13,12 @@ export const takeFocus = () => {
 export const wordSelector = (side, word) => `button.word[data-side="${side}"][data-word="${word}"]`;
 export const headSelector = (layer, head) => `button.head[data-layer="${layer}"][data-head="${head}"]`;
 
-export function act(action) {
+export function act(action, event) {
   const s = selection.value;
   const r = recording.value;
   switch (action.type) {
     case "pin":
-      return commit(S.togglePin(s, action.side, action.word), "pin");
+      return commit(event?.shiftKey ? S.pinSpan(s, action.side, action.word) : S.togglePin(s, action.side, action.word), "pin");
     case "focus":
       return commit(S.focusWord(s, action.side, action.word), "move word");
     case "target":
@@ -51,8 +51,12 @@ export function act(action) {
       return commit(S.toggleSeveral(s), "several");
     case "view":
       return commit({ ...s, view: action.view }, "view");
+    case "set":
+      return commit({ ...s, ...action.change }, "set");
     case "sort":
       return commit({ ...s, sort: action.sort }, "sort");
+    case "page":
+      return commit({ ...s, first: action.first }, "move page");
     case "attention":
       return commit(S.setAttention(s, r, action.index), "attention");
   }
@@ -81,14 +85,18 @@ export function say(text) {
 }
 
 // A new sentence through the model again.
-export async function runAgain(text) {
-  if (!text.trim()) {
-    run.value = { kind: "failed", title: "Nothing to read.", text: "Type a sentence, then press Enter." };
-    return;
-  }
+export function runAgain(text) {
+  if (text.trim()) return ask("run", { text });
+  run.value = { kind: "failed", title: "Nothing to read.", text: "Type a sentence, then press Enter." };
+}
+
+// Another text of this recording.
+export const openWindow = (index) => ask("window", { index });
+
+async function ask(where, what) {
   run.value = { kind: "running" };
   try {
-    const reply = await fetch("api/run", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ text }) });
+    const reply = await fetch(`api/${where}`, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(what) });
     const answer = await reply.json();
     if (!reply.ok || answer.error) {
       const title = reply.status === 413 || /too long|at most|longer than/i.test(answer.error ?? "") ? "Too long." : "The model could not read this.";

@@ -7,12 +7,12 @@ import { save } from "./save.js";
 import { recording, run, selection, theme } from "./store.js";
 
 export function Header({ onHelp }) {
-  const { model, live, text } = recording.value.payload;
+  const { model, live, runs = live, text } = recording.value.payload;
   const heads = `${model.num_layers} × ${model.num_heads} heads`;
   return html`<header class="head">
     <h1>regard</h1>
     <p class="facts"><b>${model.name}</b> · ${heads} · exact</p>
-    <${TextField} live=${live} text=${text} key=${text} />
+    <${TextField} live=${runs} text=${text} key=${text} />
     <div class="tools">
       <button type="button" onClick=${turnTheme} aria-label=${`theme: ${theme.value}`}><span aria-hidden="true">◐</span> <span class="wide">${theme.value}</span></button>
       <${SaveMenu} />
@@ -70,7 +70,7 @@ function SaveMenu() {
   const item = (format, what) => html`<button type="button" onClick=${() => (setOpen(false), save(format))}><b>${format.toUpperCase()}</b> ${what}</button>`;
   return html`<div class="menu" ref=${ref}>
     <button type="button" aria-expanded=${String(open)} aria-label="save this view" onClick=${() => setOpen(!open)}><span aria-hidden="true">⇩</span> <span class="wide">save</span></button>
-    ${open && html`<div class="choices">${item("html", "this page, offline")}${item("svg", "the picture")}${item("png", "the picture, as pixels")}${item("json", "the numbers")}</div>`}
+    ${open && html`<div class="choices">${item("html", "this page, offline")}${item("svg", "the picture")}${item("png", "the picture, as pixels")}${item("json", "the numbers")}${item("session", "to open again with regard look")}</div>`}
   </div>`;
 }
 
@@ -89,7 +89,7 @@ export function Tabs({ act }) {
   const { attentions } = recording.value.payload;
   const tab = (view, name) => html`<button type="button" aria-pressed=${String(s.view === view)} onClick=${() => act({ type: "view", view })}>${name}</button>`;
   return html`<nav class="tabs" aria-label="views">
-    <div role="group" aria-label="view">${tab("sentence", "Sentence")}${tab("heads", "Heads")}${tab("map", "Map")}</div>
+    <div role="group" aria-label="view">${tab("sentence", "Sentence")}${tab("heads", "Heads")}${tab("map", "Map")}${tab("effects", "Effects")}${tab("compare", "Compare")}</div>
     ${attentions.length > 1 &&
     html`<div role="group" aria-label="attention" class="kinds">
       ${attentions.map((a, i) => html`<button type="button" aria-pressed=${String(s.attention === i)} onClick=${() => act({ type: "attention", index: i })}>${a.label}</button>`)}

@@ -9,12 +9,13 @@ export const KEYS = [
   ["↑ ↓", "one layer up, one layer down"],
   ["Shift ← →", "the head before, the head after"],
   ["Enter", "pin the word in front, or let it go"],
+  ["Shift Enter", "pin all from the word in front to this one (or Shift and a click)"],
   ["Esc", "let all pins go"],
   ["/", "find a word"],
   ["m", "several heads at once; then a click on a head adds it"],
   ["r", "turn the question round: who looks at this word"],
   ["s", "words or subwords"],
-  ["1 2 3", "sentence, heads, map"],
+  ["1 2 3 4 5", "sentence, heads, map, effects, compare"],
   ["?", "this list"],
 ];
 
@@ -22,7 +23,7 @@ export function onKey(event, { find, help }) {
   if (!recording.value || event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey) return;
   const where = event.target.closest?.("input, textarea, select, dialog, .menu");
   if (where && !(event.key === "Escape" && where.matches("input[readonly]"))) return;
-  if (event.target.matches?.(".sheet, .table") && /^(Arrow|Home|End)/.test(event.key)) return; // these scroll
+  if (event.target.matches?.(".sheet, .table, .plane") && /^(Arrow|Home|End)/.test(event.key)) return; // these scroll
   const s = selection.value;
   const inGrid = Boolean(event.target.closest?.("button.head"));
   const headStep = (layers, heads) => {
@@ -44,6 +45,8 @@ export function onKey(event, { find, help }) {
     1: () => act({ type: "view", view: "sentence" }),
     2: () => act({ type: "view", view: "heads" }),
     3: () => act({ type: "view", view: "map" }),
+    4: () => act({ type: "view", view: "effects" }),
+    5: () => act({ type: "view", view: "compare" }),
     "?": help,
   };
   const does = keys[event.key] ?? keys[event.key.toLowerCase?.()];

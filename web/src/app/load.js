@@ -17,6 +17,7 @@ export function createLoader(payload, arrived) {
   const known = new Map();
   const loader = {
     failure: null,
+    keys: () => [...known].filter(([, blob]) => blob).map(([key]) => key),
     get(key) {
       if (known.has(key)) return known.get(key);
       known.set(key, undefined);
@@ -42,11 +43,14 @@ export function createLoader(payload, arrived) {
         const blob = payload.blobs?.[key];
         return blob ? { bytes: await gunzip(fromBase64(blob.data)), shape: blob.shape, dtype: blob.dtype } : null;
       }
-      const reply = await fetch(`api/blob/${key}`);
+      const reply = await fetch(`api/blob/${key}${payload.serial === undefined ? "" : `?serial=${payload.serial}`}`);
       if (reply.status === 404) return null;
-      if (!reply.ok) throw new Error(`The server could not give ${key} (${reply.status}).`);
+      if (!reply.ok) {
+        const said = await reply.json().catch(() => ({}));
+        throw Object.assign(new Error(said.error ?? `The server could not give ${key} (${reply.status}).`), { status: reply.status });
+      }
       const shape = reply.headers.get("X-Shape").split(",").filter(Boolean).map(Number);
-      return { bytes: new Uint8Array(await reply.arrayBuffer()), shape, dtype: reply.headers.get("X-Dtype") };
+      return { bytes: new Uint8Array(await reply.arrayBuffer()), shape, dtype: reply.headers.get("X-Dtype"), share: Number(reply.headers.get("X-Share") ?? 1) };
     },
   };
   return loader;

@@ -1,5 +1,6 @@
 // The page: opens the recording, draws every view from the one selection, listens to the keyboard and the address.
 
+import "../draw.js";
 import { render } from "preact";
 import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { signal } from "@preact/signals";
@@ -163,4 +164,4 @@ async function start() {
   addEventListener("hashchange", followAddress);
 }
 
-start();
+if (typeof document !== "undefined") start(); // in QuickJS the script only offers regardDraw

@@ -1,7 +1,7 @@
 // ⇩: exactly this view as HTML, SVG, PNG or JSON, made in the browser; and the numbers for the clipboard.
 
 import { toBase64 } from "../core/blob.js";
-import { linksOf } from "../core/links.js";
+import { howOf, linksOf } from "../core/links.js";
 import { tableMeasure } from "../core/measure.js";
 import { drawnHeads, toHash } from "../core/selection.js";
 import { toSvg } from "../paint/svg.js";
@@ -9,7 +9,7 @@ import { figureView } from "../views/figure.js";
 import { frontOf, spoken } from "../views/inspector.js";
 import { say } from "./actions.js";
 import { gzip } from "./load.js";
-import { rawBlob, recording, selection, theme } from "./store.js";
+import { heldKeys, rawBlob, recording, selection, theme } from "./store.js";
 
 // The page as it came, before anything was drawn into it: taken when the script starts.
 let source = "";
@@ -20,8 +20,8 @@ const LARGEST = 48e6; // bytes of weights that a saved page carries
 export async function save(format) {
   const name = `regard-layer${selection.value.layer}-head${selection.value.head}.${format}`;
   try {
-    const made = { html: page, svg: async () => svg(), png: picture, json: async () => JSON.stringify(view(), null, 1) };
-    const types = { html: "text/html", svg: "image/svg+xml", png: "image/png", json: "application/json" };
+    const made = { html: page, session: held, svg: async () => svg(), png: picture, json: async () => JSON.stringify(view(), null, 1) };
+    const types = { html: "text/html", svg: "image/svg+xml", png: "image/png", json: "application/json", session: "application/json" };
     const body = await made[format]();
     const link = document.createElement("a");
     link.href = URL.createObjectURL(body instanceof Blob ? body : new Blob([body], { type: types[format] }));
@@ -52,13 +52,18 @@ async function picture() {
   return new Promise((resolve, reject) => canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new Error("the picture is too large"))), "image/png"));
 }
 
-async function page() {
+async function held() {
   const { payload } = recording.value;
   const blobs = payload.live ? await collect(payload) : payload.blobs;
   const s = selection.value;
-  const kept = { ...payload, live: false, view: toHash(s), blobs };
-  const text = JSON.stringify(kept).replace(/</g, "\\u003c");
-  const html = payload.live ? await (await fetch("./")).text() : source;
+  const sides = payload.sides.map((side) => (side.packed || side.count ? { name: side.name, packed: side.packed, count: side.count } : side));
+  const kept = { ...payload, sides, live: false, view: toHash(s), blobs };
+  return JSON.stringify(kept).replace(/</g, "\\u003c");
+}
+
+async function page() {
+  const text = await held();
+  const html = recording.value.payload.live ? await (await fetch("./")).text() : source;
   const slot = /(<script type="application\/json" id="regard-payload">)[^<]*(<\/script>)/;
   if (!slot.test(html)) throw new Error("the page has no place for its recording");
   return html.replace(slot, (_, start, end) => start + text + end);
@@ -68,7 +73,8 @@ async function collect(payload) {
   const s = selection.value;
   const keys = [];
   payload.attentions.forEach((attention, index) => {
-    keys.push(`thumbs/${index}`);
+    keys.push(`thumbs/${index}`, ...(attention.measures?.length ? [`measures/${index}`] : []));
+    if (attention.long) return void keys.push(...heldKeys().filter((key) => key.split("/")[1] === String(index) && !key.startsWith("thumbs")));
     const [queries, others] = [attention.query_side, attention.key_side].map((side) => payload.sides[side].tokens.length);
     const all = attention.num_heads * attention.layers.length * queries * others * 4 <= LARGEST;
     for (const layer of attention.layers) {
@@ -101,11 +107,11 @@ export function view() {
     queries: names(attention.query_side),
     keys: names(attention.key_side),
     heads: drawnHeads(s).map(([layer, head]) => {
-      const map = r.map(s.attention, layer, head, s.unit);
+      const map = !r.long(s.attention) && r.map(s.attention, layer, head, s.unit, howOf(s));
       return {
         layer,
         head,
-        weights: map && Array.from({ length: map.rows }, (_, row) => [...map.data.subarray(row * map.cols, (row + 1) * map.cols)]),
+        weights: map ? Array.from({ length: map.rows }, (_, row) => [...map.data.subarray(row * map.cols, (row + 1) * map.cols)]) : null,
         links: askers.map((asker) => ({
           word: r.units(asker.side, s.unit)[asker.word].text,
           index: asker.word,

@@ -1,13 +1,17 @@
 // The middle of the page: the chosen view with its few switches, and the map's table twin.
 
 import { useLayoutEffect, useRef, useState } from "preact/hooks";
-import { drawnHeads } from "../core/selection.js";
+import { drawnHeads} from "../core/selection.js";
+import { percent } from "../core/words.js";
 import { html, Picture } from "../paint/dom.js";
 import { headsView } from "../views/heads.js";
 import { frontOf } from "../views/inspector.js";
-import { mapTable, mapView } from "../views/map.js";
-import { sentenceView } from "../views/sentence.js";
-import { act, focusWord, pickCell, wordSelector } from "./actions.js";
+import { MAP_LIMIT, mapTable, mapView } from "../views/map.js";
+import { excerpt, sentenceView } from "../views/sentence.js";
+import { Atlas } from "./atlas.js";
+import { act, focusWord, openWindow, pickCell, wordSelector } from "./actions.js";
+import { ComparePanel } from "./compare.js";
+import { EffectsPanel } from "./effects.js";
 import { measure } from "./measure.js";
 import { arrived, cell, hover, hovered, recording, selection, theme } from "./store.js";
 
@@ -47,6 +51,7 @@ export function Stage({ compact, finding, setFinding }) {
   const { payload } = recording.value;
   return html`<section class="stage" aria-label="sentence">
     <${Switches} finding=${finding} setFinding=${setFinding} />
+    <${Showing} />
     <div class="room" ref=${ref}>
       ${width > 0 && html`<${View} width=${width} compact=${compact} />`}
     </div>
@@ -60,15 +65,37 @@ function View({ width, compact }) {
   arrived.value;
   if (!r.payload.sides.some((side) => side.tokens.length))
     return html`<div class="state"><h2>No words.</h2><p>This recording holds an empty text. ${r.payload.live ? "Type a sentence above and press Enter." : "Run regard look with a sentence."}</p></div>`;
+  const { query_side, key_side } = r.attention(s.attention);
+  const large = Math.max(r.units(query_side, s.unit).length, r.units(key_side, s.unit).length) > MAP_LIMIT;
   const beside = s.view === "map" && width >= 1100;
   const textWidth = Math.min(beside ? Math.floor(width / 2) - 24 : width, 960);
   const sentence = sentenceView(r, s, { width: textWidth, measure, hover: hover.value, compact });
   const leave = () => (hovered.value = null);
-  const long = s.view === "map" && !beside && sentence.height > 700;
-  return html`<div class=${beside ? "beside" : long ? "stack upside" : "stack"}>
-    <div class="sentence" onPointerLeave=${leave}><${Picture} list=${sentence} on=${hands} theme=${theme.value} /></div>
-    ${s.view === "map" && html`<${MapPanel} width=${beside ? Math.floor(width / 2) - 24 : width} />`}
+  const upside = s.view === "map" && !beside && sentence.height > 700;
+  return html`<div class=${beside ? "beside" : upside ? "stack upside" : "stack"}>
+    <div class="sentence" onPointerLeave=${leave}><${Pages} /><${Picture} list=${sentence} on=${hands} theme=${theme.value} /></div>
+    ${s.view === "map" && html`<${large ? Atlas : MapPanel} width=${beside ? Math.floor(width / 2) - 24 : width} key=${`${large}${s.attention}`} />`}
     ${s.view === "heads" && html`<${HeadsPanel} width=${width} />`}
+    ${s.view === "compare" && html`<${ComparePanel} width=${width} key=${r.payload.text} />`}
+    ${s.view === "effects" && html`<${EffectsPanel} width=${width} />`}
+  </div>`;
+}
+
+// A long text is turned like pages; a recording of several texts is leafed through.
+function Pages() {
+  const s = selection.value;
+  const r = recording.value;
+  const { units } = r;
+  const side = r.attention(s.attention).query_side;
+  const { length } = units(side, s.unit);
+  const [first, end] = excerpt(r, s, side);
+  const [at, count] = r.payload.window ?? [0, 1];
+  const turn = (by) => act({ type: "page", first: Math.max(0, Math.min(length - (end - first), first + by * (end - first))) });
+  const button = (name, off, does) => html`<button type="button" disabled=${off} onClick=${does}>${name}</button>`;
+  if (end - first === length && count < 2) return null;
+  return html`<div class="pages" role="group" aria-label="pages">
+    ${count > 1 && html`<span>${button("text before", at === 0, () => openWindow(at - 1))} text ${at + 1} of ${count} ${button("text after", at + 1 === count, () => openWindow(at + 1))}</span>`}
+    ${end - first < length && html`<span>${button("earlier", first === 0, () => turn(-1))} words ${(first + 1).toLocaleString("en")} to ${end.toLocaleString("en")} of ${length.toLocaleString("en")} ${button("later", end === length, () => turn(1))}</span>`}
   </div>`;
 }
 
@@ -107,19 +134,31 @@ export function pairOf() {
   return { from, to, name: `${text(attention.query_side, from)} → ${text(attention.key_side, to)}` };
 }
 
+const MEASURES = {
+  entropy: "entropy, in nats",
+  distance: "distance, in tokens",
+  previous: "weight on the token before",
+  next: "weight on the token after",
+  first: "weight on the first token",
+  same: "weight on the token itself",
+};
+
 function HeadsPanel({ width }) {
   arrived.value;
   const s = selection.value;
   const pair = pairOf();
-  const { num_heads } = recording.value.attention(s.attention);
+  const { num_heads, measures = [] } = recording.value.attention(s.attention);
+  const sorts = [...measures, ...Object.keys(recording.value.payload.head_scores ?? {})];
   const small = recording.value.small(s.attention);
   const size = Math.max(24, Math.min(56, Math.floor((width - 40) / num_heads) - 6));
   const list = headsView(recording.value, s, { size, width, pair });
   return html`<div class="bighead">
     <div class="bar-of-tools"><label>sort by <select value=${s.sort} onChange=${(event) => act({ type: "sort", sort: event.currentTarget.value })}>
       <option value="position">position</option>
+      ${sorts.map((name) => html`<option value=${name}>${MEASURES[name] ?? name}</option>`)}
       <option value="link" disabled=${!pair || !small}>${!small ? "link (the text is too long)" : pair ? `link ${pair.name}` : "link (choose a word first)"}</option>
-    </select></label></div>
+    </select></label>
+      <span class="note">${recording.value.long(s.attention) && sorts.includes(s.sort) ? "from some rows of this long text" : ""}</span></div>
     <div class="scroll"><${Picture} list=${list} on=${hands} theme=${theme.value} /></div>
   </div>`;
 }
@@ -139,6 +178,34 @@ function Switches({ finding, setFinding }) {
     ${choice(s.heads.length ? `several heads: ${drawnHeads(s).length}` : "several heads", s.heads.length > 0, { type: "several" }, "m")}
     ${finding ? html`<${Find} close=${() => setFinding(false)} />` : html`<button type="button" onClick=${() => setFinding(true)} title="key /">find a word</button>`}
   </div>`;
+}
+
+const SHADES = { "": "what the word in front looks at", received: "by what each word receives", given: "by what each word gives to others" };
+const OVERS = { "": "this head", "layer-mean": "mean of this layer’s heads", "layer-max": "largest of this layer’s heads", "all-mean": "mean of all layers and heads", "all-max": "largest of all layers and heads" };
+
+// What is shown and what is left out, behind one word; and the legend: what the eye sees, in words.
+function Showing() {
+  const s = selection.value;
+  const r = recording.value;
+  if (!["sentence", "map"].includes(s.view)) return null;
+  const long = r.long(s.attention);
+  const set = (change) => act({ type: "set", change });
+  const tick = (name, on, change) => html`<label><input type="checkbox" checked=${on} onChange=${(event) => set(change(event.currentTarget.checked))} /> ${name}</label>`;
+  const choose = (name, value, options, change) => html`<label>${name} <select value=${value} onChange=${(event) => set(change(event.currentTarget.value))}>
+    ${Object.entries(options).map(([key, text]) => html`<option value=${key} disabled=${long && key !== ""}>${text}</option>`)}</select></label>`;
+  const lines = html`<label>at most <input type="number" min="1" max="40" value=${s.top} onChange=${(event) => set({ top: Math.min(40, Math.max(1, Math.round(event.currentTarget.value) || 6)) })} /> lines</label>
+    <label>from <input type="number" min="0" max="99" step="0.5" value=${100 * s.least} onChange=${(event) => set({ least: Math.min(0.99, Math.max(0, event.currentTarget.value / 100)) || 0 })} /> %</label>`;
+  return html`<details class="showing" open=${Boolean(s.over || s.bare || s.shade || !s.special)}><summary>what is shown</summary>
+    <div>${choose("weights of", s.over, OVERS, (over) => ({ over }))}${choose("shade", s.shade, SHADES, (shade) => ({ shade }))}
+    ${!long && tick("hide sinks and scale the rest up", s.bare, (bare) => ({ bare }))}${tick("special tokens", s.special, (special) => ({ special }))}${lines}</div></details>
+    ${s.view === "sentence" && html`<p class="note legend">${legend(s)}</p>`}`;
+}
+
+export function legend(s) {
+  const shade = s.shade === "received" ? "Each word is shaded by its share of all attention" : s.shade === "given" ? "Each word is shaded by the share of its attention that goes to other words, sinks and special tokens left out" : "";
+  if (s.word === null && !s.pins.length) return shade ? `${shade}.` : "";
+  const lines = `A line is as wide and as dark as its weight: at most ${s.top} lines a word, from ${percent(s.least || 0)} on; the rest is one thin bundle`;
+  return `${shade ? `${shade}. ` : ""}${lines}.${s.over && !s.heads.length ? ` Weights are the ${OVERS[s.over]}.` : ""}${s.bare ? " Sinks are hidden, and what is left is scaled up to 100 %." : ""}`;
 }
 
 function Find({ close }) {

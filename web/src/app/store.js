@@ -4,6 +4,7 @@ import { computed, signal } from "@preact/signals";
 import { createRecording } from "../core/recording.js";
 import { fromHash, initialSelection, toHash } from "../core/selection.js";
 import { createLoader } from "./load.js";
+import { createTiles } from "./tiles.js";
 
 export const status = signal({ kind: "loading" }); // loading | ready | failed {title, text, fix}
 export const run = signal({ kind: "idle" }); // idle | running | failed {title, text, fix}
@@ -14,7 +15,11 @@ export const cell = signal(null); // {row, col} under the pointer on the map
 export const arrived = signal(0); // grows with every blob that came: views read it to be drawn again
 export const theme = signal("light");
 export const notice = signal(""); // one short line that passes, such as "copied"
+export const tilesArrived = signal(0);
 let loader = null;
+let mapTiles = null;
+export const tiles = () => mapTiles;
+export const heldKeys = () => [...loader.keys(), ...mapTiles.keys()];
 
 export const hover = computed(() => {
   const [h, s] = [hovered.value, selection.value];
@@ -24,11 +29,12 @@ export const hover = computed(() => {
 export function open(payload) {
   loader = createLoader(payload, () => arrived.value++);
   const next = createRecording(payload, loader.get);
+  mapTiles = createTiles(next, loader.raw, () => tilesArrived.value++);
   const before = selection.value;
   let start = fromHash(before ? "" : location.hash || payload.view || "", next);
   if (before) {
     // a new sentence in the same model: heads, view and unit stay as they were
-    const kept = { ...before, word: start.word, side: start.side, target: null, pins: [], origin: before.origin };
+    const kept = { ...before, word: start.word, side: start.side, target: null, pins: [], origin: before.origin, first: 0, camera: null };
     start = next.attention(before.attention)?.layers.includes(before.layer) ? fromHash(toHash({ ...kept }), next) : initialSelection(payload);
   }
   hovered.value = cell.value = null;
@@ -43,7 +49,7 @@ export function open(payload) {
 // Small recordings come whole, so that moving between heads never waits.
 function prefetch(payload) {
   payload.attentions.forEach((attention, index) => {
-    if (!recording.value.small(index)) return;
+    if (attention.long || !recording.value.small(index)) return;
     for (const layer of attention.layers) loader.get(`weights/${index}/${layer}`);
   });
 }

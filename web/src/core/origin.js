@@ -6,24 +6,29 @@ import { groupOf } from "./recording.js";
 export function originOf(recording, selection, query, key) {
   const { attention: index, layer, head, unit } = selection;
   const attention = recording.attention(index);
-  const names = ["weights", "q", "k", "lse", "norms"];
-  const [weights, q, k, lse, norms] = names.map((name) => recording.get(`${name}/${index}/${layer}`));
-  const needed = [weights, q, k, lse];
+  const long = recording.long(index);
+  const queries = recording.units(attention.query_side, unit)[query];
+  const keys = recording.units(attention.key_side, unit)[key];
+  let [i, j] = [queries.tokens[0], keys.tokens[0]];
+  const names = long ? [`row/${index}/${layer}/${head}/${i}/${i + 1}`, `vectors/${index}/${layer}/${head}/${i}/${j}`] : ["weights", "q", "k"].map((name) => `${name}/${index}/${layer}`);
+  const [weights, q, k] = names.map((name) => recording.get(name));
+  const [lse, norms] = ["lse", "norms"].map((name) => recording.get(`${name}/${index}/${layer}`));
+  const stagesOf = () => recording.get(`scores/${index}/${layer}/${head}/${i}`);
+  const needed = long ? [weights, q, lse, stagesOf()] : [weights, q, k, lse];
   if (needed.some((blob) => blob === null)) return { state: "missing" };
   if (needed.some((blob) => blob === undefined)) return { state: "loading" };
 
-  const queries = recording.units(attention.query_side, unit)[query];
-  const keys = recording.units(attention.key_side, unit)[key];
-  const [, numQ, numK] = weights.shape;
-  const weightAt = (i, j) => weights.data[(head * numQ + i) * numK + j];
-  let [i, j] = [queries.tokens[0], keys.tokens[0]];
-  for (let a = queries.tokens[0]; a < queries.tokens[1]; a++)
-    for (let b = keys.tokens[0]; b < keys.tokens[1]; b++) if (weightAt(a, b) > weightAt(i, j)) [i, j] = [a, b];
+  const numK = weights.shape[weights.shape.length - 1];
+  const numQ = lse.shape[1];
+  const weightAt = long ? (_, b) => weights.data[b] : (a, b) => weights.data[(head * numQ + a) * numK + b];
+  if (!long)
+    for (let a = queries.tokens[0]; a < queries.tokens[1]; a++)
+      for (let b = keys.tokens[0]; b < keys.tokens[1]; b++) if (weightAt(a, b) > weightAt(i, j)) [i, j] = [a, b];
 
   const group = Math.floor(head / groupOf(attention));
-  const dim = q.shape[2];
-  const qRow = q.data.subarray((head * numQ + i) * dim, (head * numQ + i + 1) * dim);
-  const kRow = (at) => k.data.subarray((group * numK + at) * dim, (group * numK + at + 1) * dim);
+  const dim = q.shape[q.shape.length - 1];
+  const qRow = long ? q.data.subarray(0, dim) : q.data.subarray((head * numQ + i) * dim, (head * numQ + i + 1) * dim);
+  const kRow = (at) => (long ? q.data.subarray(dim) : k.data.subarray((group * numK + at) * dim, (group * numK + at + 1) * dim));
   const products = Float64Array.from(qRow, (value, d) => value * kRow(j)[d]);
   const dotWith = (at) => {
     const row = kRow(at);
@@ -34,7 +39,7 @@ export function originOf(recording, selection, query, key) {
 
   const weightRow = Float64Array.from({ length: numK }, (_, at) => weightAt(i, at));
   const lseValue = lse.data[head * numQ + i];
-  const stages = recording.get(`scores/${index}/${layer}/${head}/${i}`);
+  const stages = stagesOf();
   const stage = (n) => (stages ? Float64Array.from(stages.data.subarray(n * numK, (n + 1) * numK)) : null);
   const scaled = stage(0) ?? Float64Array.from({ length: numK }, (_, at) => dotWith(at) * attention.scale);
   const cap = attention.softcap;

@@ -1,12 +1,17 @@
 // One recording as the views read it: units (words or subwords), merged maps, thumbnails. Pure; blobs come from `get`.
 
+import { fromBase64 } from "./blob.js";
+import { roleOf } from "./words.js";
+
 const SMALL = 24e6; // bytes
 
 // payload: the page's JSON. get(key) -> {shape, data}, null where it does not exist, undefined while it is on its way.
 export function createRecording(payload, get) {
+  payload.sides.forEach(unpack);
   const merged = new Map();
   const units = new Map();
 
+  const rows = new Map();
   const recording = {
     payload,
     get,
@@ -27,16 +32,63 @@ export function createRecording(payload, get) {
     },
 
     // Weights of one head between units: {rows, cols, data, max, received}; a row is the mean, a column the sum over tokens.
-    map(attention, layer, head, unit) {
-      const key = `${attention}/${layer}/${head}/${unit}`;
+    // how: "" for this head, "layer-mean", "layer-max", "all-mean", "all-max" over heads; and "/bare" without sinks.
+    map(attention, layer, head, unit, how = "") {
+      const key = `${attention}/${layer}/${head}/${unit}/${how}`;
       if (merged.has(key)) return merged.get(key);
-      const blob = get(`weights/${attention}/${layer}`);
-      if (!blob) return blob;
-      const { query_side, key_side } = payload.attentions[attention];
-      const map = merge(blob, head, recording.units(query_side, unit), recording.units(key_side, unit));
+      const { query_side, key_side, layers, num_heads } = payload.attentions[attention];
+      const [over, bare] = how.split("/");
+      const blobs = (over.startsWith("all") ? layers : [layer]).map((number) => get(`weights/${attention}/${number}`));
+      if (blobs.includes(null)) return null;
+      if (blobs.includes(undefined)) return undefined;
+      const [queries, keys] = [query_side, key_side].map((side) => recording.units(side, unit));
+      const blob = over ? pooled(blobs, num_heads, over.endsWith("max")) : blobs[0];
+      let map = merge(blob, over ? 0 : head, queries, keys);
+      if (bare !== undefined) map = withoutSinks(map, keys);
       if (merged.size > 600) merged.clear();
       merged.set(key, map);
       return map;
+    },
+
+    // A text so long that its weights come by rows and tiles.
+    long: (index) => Boolean(payload.attentions[index].long),
+
+    // One unit's weights in one head, by units of the other side: its row ("to") or its column ("from").
+    row(attention, layer, head, unit, index, direction, how = "") {
+      if (!recording.long(attention)) {
+        const map = recording.map(attention, layer, head, unit, how);
+        return map && (direction === "to" ? map.data.subarray(index * map.cols, (index + 1) * map.cols) : Float64Array.from({ length: map.rows }, (_, r) => map.data[r * map.cols + index]));
+      }
+      const { query_side, key_side } = payload.attentions[attention];
+      const [own, other] = direction === "to" ? [query_side, key_side] : [key_side, query_side];
+      const [first, stop] = recording.units(own, unit)[index].tokens;
+      const key = `${direction === "to" ? "row" : "col"}/${attention}/${layer}/${head}/${first}/${stop}`;
+      if (rows.has(key + unit)) return rows.get(key + unit);
+      const blob = get(key);
+      if (!blob) return blob;
+      const out = Float64Array.from(recording.units(other, unit), ({ tokens: [from, to] }) => {
+        let sum = 0;
+        for (let i = from; i < to; i++) sum += blob.data[i];
+        return direction === "to" ? sum : sum / Math.max(1, to - from);
+      });
+      if (rows.size > 40) rows.clear();
+      rows.set(key + unit, out);
+      return out;
+    },
+
+    // Mean weight that a key unit gets from all rows of a head; 0 while that is not known.
+    received(attention, layer, head, unit, index) {
+      const { key_side, query_side, long, has_received } = payload.attentions[attention];
+      if (!long) {
+        const map = recording.map(attention, layer, head, unit);
+        return map ? map.received[index] / map.rows : 0;
+      }
+      const blob = has_received && get(`received/${attention}/${layer}`);
+      if (!blob) return 0;
+      const [from, to] = recording.units(key_side, unit)[index].tokens;
+      let sum = 0;
+      for (let i = from; i < to; i++) sum += blob.data[head * blob.shape[1] + i];
+      return sum / payload.sides[query_side].tokens.length;
     },
 
     // One head's small picture: {rows, cols, data} of 0..255
@@ -49,6 +101,55 @@ export function createRecording(payload, get) {
     },
   };
   return recording;
+}
+
+// Heads and layers as one: their mean, or the largest of them at each place.
+function pooled(blobs, heads, largest) {
+  const [, rows, cols] = blobs[0].shape;
+  const data = new Float64Array(rows * cols);
+  for (const blob of blobs)
+    for (let head = 0; head < heads; head++)
+      for (let i = 0, at = head * rows * cols; i < data.length; i++, at++) data[i] = largest ? Math.max(data[i], blob.data[at]) : data[i] + blob.data[at] / heads / blobs.length;
+  return { shape: [1, rows, cols], data };
+}
+
+// The same rows with the columns of sinks at zero and the rest scaled up to one.
+function withoutSinks(map, keys) {
+  const { rows, cols } = map;
+  const sink = keys.map((key, c) => roleOf(key, c, map.received[c] / rows) === "sink");
+  const data = new Float64Array(map.data.length);
+  const received = new Float64Array(cols);
+  let max = 0;
+  for (let r = 0; r < rows; r++) {
+    let sum = 0;
+    for (let c = 0; c < cols; c++) if (!sink[c]) sum += map.data[r * cols + c];
+    for (let c = 0; c < cols; c++) {
+      const weight = sink[c] || !sum ? 0 : map.data[r * cols + c] / sum;
+      data[r * cols + c] = weight;
+      received[c] += weight;
+      max = Math.max(max, weight);
+    }
+  }
+  return { ...map, data, received, max };
+}
+
+// A long text travels packed: spellings once, tokens and words as numbers; or as a count, where places are the names.
+function unpack(side) {
+  if (side.tokens) return;
+  if (!side.packed) {
+    const names = Array.from({ length: side.count }, (_, i) => String(i));
+    side.tokens = names.map((text, word) => ({ text, special: false, word }));
+    side.words = names.map((text, i) => ({ text, tokens: [i, i + 1], special: false }));
+    return;
+  }
+  const { texts, special } = side.packed;
+  const [tokens, words, starts] = ["tokens", "words", "starts"].map((name) => new Int32Array(fromBase64(side.packed[name]).buffer));
+  const marked = new Set(special);
+  side.words = Array.from(words, (text, i) => ({ text: texts[text], tokens: [starts[i], i + 1 < starts.length ? starts[i + 1] : tokens.length], special: marked.has(i) }));
+  side.tokens = [];
+  side.words.forEach((word, w) => {
+    for (let i = word.tokens[0]; i < word.tokens[1]; i++) side.tokens.push({ text: texts[tokens[i]], special: word.special, word: word.special ? null : w });
+  });
 }
 
 function wordUnits(side) {

@@ -4,10 +4,22 @@
 // side, word               the word in front         pins    pinned words [{side, word}]
 // target                   the unit at the far end of the pair whose number is explained; null = the strongest link
 // mode "to" | "from"       what it looks at | who looks at it         unit "word" | "token"
-// view "sentence" | "heads" | "map"     sort "position" | "link"      origin: is "how it came about" open
+// view "sentence" | "heads" | "map" | "effects" | "compare"     sort "position" | "link" | a measure      origin: is "how it came about" open
+// first: the first unit shown of a long text     camera: {scale: px a token, row, col at the middle} of a large map, null = all
+// kind "max" | "mass": what a cell of a large map stands for
+// over "" | one of OVER: heads and layers as one     bare: sinks hidden, the rest scaled up     special: are markers shown
+// shade "" | "received" | "given": every word shaded     top, least: how many lines a word has, and from which weight on
+// other: the text that this one is compared with
+// a pin of several words has a last one: {side, word, last}
 
 import { translateUnit } from "./recording.js";
 import { HUES } from "./colour.js";
+import { SHOWN, SMALLEST } from "./links.js";
+
+export const OVER = ["layer-mean", "layer-max", "all-mean", "all-max"];
+const VIEWS = ["heads", "map", "effects", "compare"];
+const LEAD = 60; // units before the word that a long text is opened at
+const PART = 320;
 
 export function initialSelection(payload) {
   const start = payload.selection ?? {};
@@ -27,6 +39,16 @@ export function initialSelection(payload) {
     view: "sentence",
     sort: "position",
     origin: false,
+    first: Math.max(0, (start.word ?? 0) - LEAD),
+    camera: null,
+    kind: "max",
+    over: "",
+    bare: false,
+    special: true,
+    shade: "",
+    top: SHOWN,
+    least: SMALLEST,
+    other: "",
   };
 }
 
@@ -36,7 +58,8 @@ export const hueOfPin = (selection, side, word) => selection.pins.findIndex((pin
 
 export function focusWord(selection, side, word) {
   if (selection.side === side && selection.word === word) return selection;
-  return { ...selection, side, word, target: null };
+  const near = word >= selection.first && word < selection.first + PART;
+  return { ...selection, side, word, target: null, first: near ? selection.first : Math.max(0, word - LEAD) };
 }
 
 export function togglePin(selection, side, word) {
@@ -45,6 +68,15 @@ export function togglePin(selection, side, word) {
     ? selection.pins.filter((pin) => !same(pin, at))
     : [...selection.pins.slice(-(HUES - 1)), at];
   return { ...focusWord(selection, side, word), pins };
+}
+
+// From the word in front (or, where that is this one, the last pin) to this one, pinned as one.
+export function pinSpan(selection, side, word) {
+  const start = selection.side === side && selection.word !== word ? selection.word : (selection.pins.filter((pin) => pin.side === side).pop()?.word ?? null);
+  if (start === null || start === word) return togglePin(selection, side, word);
+  const [first, last] = [Math.min(start, word), Math.max(start, word)];
+  const pins = selection.pins.filter((pin) => !(pin.side === side && (pin.word === first || pin.word === start)));
+  return { ...focusWord(selection, side, first), pins: [...pins.slice(-(HUES - 1)), { side, word: first, last }] };
 }
 
 export const unpin = (selection) => ({ ...selection, pins: [] });
@@ -96,9 +128,11 @@ export function setUnit(selection, recording, unit) {
   const pins = [];
   for (const pin of selection.pins) {
     const word = move(pin.side, pin.word);
-    if (word !== null && !pins.some((p) => p.side === pin.side && p.word === word)) pins.push({ side: pin.side, word });
+    const last = pin.last === undefined ? null : move(pin.side, pin.last);
+    if (word !== null && !pins.some((p) => p.side === pin.side && p.word === word)) pins.push({ side: pin.side, word, ...(last > word && { last }) });
   }
-  return { ...selection, unit, pins, word: move(selection.side, selection.word), target: null };
+  const word = move(selection.side, selection.word);
+  return { ...selection, unit, pins, word, target: null, first: Math.max(0, (word ?? move(selection.side, selection.first) ?? 0) - LEAD) };
 }
 
 export function setAttention(selection, recording, index) {
@@ -111,6 +145,7 @@ export function setAttention(selection, recording, index) {
     side: stays ? selection.side : attention.query_side,
     word: stays ? selection.word : null,
     target: null,
+    camera: null,
     pins: selection.pins.filter((pin) => sides.includes(pin.side)),
     heads: selection.heads.length ? [] : selection.heads,
     layer: attention.layers.includes(selection.layer) ? selection.layer : attention.layers[attention.layers.length - 1],
@@ -123,14 +158,32 @@ export function toHash(selection) {
   if (selection.attention) parts.push(`a=${selection.attention}`);
   if (selection.word !== null) parts.push(`w=${selection.side}.${selection.word}`);
   if (selection.target !== null) parts.push(`t=${selection.target}`);
-  if (selection.pins.length) parts.push(`pins=${selection.pins.map((p) => `${p.side}.${p.word}`).join(",")}`);
+  if (selection.pins.length) parts.push(`pins=${selection.pins.map((p) => `${p.side}.${p.word}${p.last > p.word ? `-${p.last}` : ""}`).join(",")}`);
   if (selection.heads.length) parts.push(`heads=${selection.heads.map((h) => h.join(".")).join(",")}`);
   if (selection.mode !== "to") parts.push(`mode=${selection.mode}`);
   if (selection.unit !== "word") parts.push("unit=token");
   if (selection.view !== "sentence") parts.push(`view=${selection.view}`);
-  if (selection.sort !== "position") parts.push(`sort=${selection.sort}`);
+  if (selection.sort !== "position") parts.push(`sort=${encodeURIComponent(selection.sort)}`);
   if (selection.origin) parts.push("how=1");
+  if (selection.first) parts.push(`first=${selection.first}`);
+  if (selection.camera) parts.push(`at=${[selection.camera.scale.toPrecision(4), Math.round(selection.camera.row), Math.round(selection.camera.col)].join("_")}`);
+  if (selection.kind !== "max") parts.push("cell=mass");
+  if (selection.over) parts.push(`over=${selection.over}`);
+  if (selection.bare) parts.push("sinks=0");
+  if (!selection.special) parts.push("special=0");
+  if (selection.shade) parts.push(`shade=${selection.shade}`);
+  if (selection.top !== SHOWN) parts.push(`top=${selection.top}`);
+  if (selection.least !== SMALLEST) parts.push(`least=${selection.least}`);
+  if (selection.other) parts.push(`with=${encodeURIComponent(selection.other)}`);
   return `#${parts.join("&")}`;
+}
+
+function plain(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return "";
+  }
 }
 
 // An address may come from anywhere: what does not fit this recording is left out, never an error.
@@ -149,9 +202,21 @@ export function fromHash(hash, recording) {
   const selection = { ...start, attention: recording.payload.attentions.indexOf(attention), word: null, target: null };
   selection.unit = fields.unit === "token" ? "token" : "word";
   selection.mode = fields.mode === "from" ? "from" : "to";
-  selection.view = ["heads", "map"].includes(fields.view) ? fields.view : "sentence";
-  selection.sort = fields.sort === "link" ? "link" : "position";
+  selection.view = VIEWS.includes(fields.view) ? fields.view : "sentence";
+  const sorts = ["link", ...(attention.measures ?? []), ...Object.keys(recording.payload.head_scores ?? {})];
+  selection.sort = sorts.find((name) => encodeURIComponent(name) === fields.sort) ?? "position";
+  selection.over = OVER.includes(fields.over) && !attention.long ? fields.over : "";
+  selection.bare = fields.sinks === "0" && !attention.long;
+  selection.special = fields.special !== "0";
+  selection.shade = ["received", "given"].includes(fields.shade) && !attention.long ? fields.shade : "";
+  if (whole(fields.top)) selection.top = Math.min(40, whole(fields.top));
+  if (fields.least >= 0 && fields.least < 1) selection.least = Number(fields.least);
   selection.origin = fields.how === "1";
+  selection.first = whole(fields.first) ?? 0;
+  selection.other = plain(fields.with ?? "").slice(0, 2000);
+  selection.kind = fields.cell === "mass" ? "mass" : "max";
+  const [scale, row, col] = (fields.at ?? "").split("_").map(Number);
+  if (scale > 0 && scale < 100 && row >= 0 && col >= 0) selection.camera = { scale, row, col };
   const exists = ([layer, head]) => attention.layers.includes(layer) && head < attention.num_heads;
   const asked = [whole(fields.l), whole(fields.h)];
   [selection.layer, selection.head] = exists(asked) ? asked : exists([start.layer, start.head]) ? [start.layer, start.head] : [attention.layers[0], 0];
@@ -159,11 +224,19 @@ export function fromHash(hash, recording) {
   selection.side = sides.includes(start.side) ? start.side : attention.query_side;
   const stands = ([side, word]) => sides.includes(side) && word < recording.units(side, selection.unit).length;
   const word = pairs(fields.w).filter(stands)[0];
-  if (word) [selection.side, selection.word] = word;
+  if (word) {
+    [selection.side, selection.word] = word;
+    if (selection.word < selection.first || selection.word >= selection.first + PART) selection.first = Math.max(0, selection.word - LEAD);
+  }
   const target = whole(fields.t);
   const far = selection.side === attention.query_side ? attention.key_side : attention.query_side;
   if (target !== null && stands([far, target])) selection.target = target;
-  selection.pins = pairs(fields.pins).filter(stands).slice(0, HUES).map(([side, w]) => ({ side, word: w }));
+  selection.pins = (fields.pins ?? "").split(",").flatMap((text) => {
+    const [first, end] = text.split("-");
+    const [at] = pairs(first).filter(stands);
+    const last = whole(end);
+    return at ? [{ side: at[0], word: at[1], ...(last > at[1] && stands([at[0], last]) && { last }) }] : [];
+  }).slice(0, HUES);
   selection.heads = pairs(fields.heads).filter(exists).slice(0, HUES);
   return selection;
 }

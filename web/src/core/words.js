@@ -29,8 +29,8 @@ const SEPARATOR = /sep|eos|<\/s>|endoftext|im_end|end_of/i;
 const START = /cls|bos|<s>|begin|start|im_start/i;
 
 // What a special token or a sink is called beside its number; "" for an ordinary word.
-export function roleOf(unit, index, map) {
-  const mean = map ? map.received[index] / map.rows : 0;
+// mean: the mean weight that it gets from all rows.
+export function roleOf(unit, index, mean) {
   if (mean > 0.3 && (unit.special || index === 0)) return "sink";
   if (!unit.special) return "";
   if (SEPARATOR.test(unit.text)) return "separator";

@@ -37,6 +37,7 @@ export class Column {
   bars(values, { height = 28, chosen = null, fill = "soft", label = "", signed = true } = {}) {
     const left = label ? 28 : 0;
     const width = this.width - left;
+    if (values.length > 2 * width) [values, chosen] = binned(values, Math.floor(width), chosen);
     const finite = [...values].filter((v) => Number.isFinite(v));
     const top = Math.max(0, ...finite);
     const bottom = signed ? Math.min(0, ...finite) : 0;
@@ -64,6 +65,17 @@ export class Column {
   list() {
     return { width: this.width, height: this.y, items: this.items };
   }
+}
+
+// Many values as one bar a pixel: the farthest from zero of those that stand there.
+function binned(values, count, chosen) {
+  const out = new Float64Array(count).fill(-Infinity);
+  const bin = (i) => Math.floor((i * count) / values.length);
+  values.forEach((value, i) => {
+    const at = bin(i);
+    if (Number.isFinite(value) && (out[at] === -Infinity || Math.abs(value) > Math.abs(out[at]))) out[at] = value;
+  });
+  return [out, typeof chosen === "number" ? bin(chosen) : chosen];
 }
 
 const r = (value) => Math.round(value * 100) / 100;

@@ -1,6 +1,6 @@
 // The whole picture for ⇩ and --save: title, sentence (or map), heads and inspector, side by side as on the page.
 
-import { MAP_LIMIT, mapView } from "./map.js";
+import { mapView } from "./map.js";
 import { headsView } from "./heads.js";
 import { inspectorView } from "./inspector.js";
 import { sentenceView } from "./sentence.js";
@@ -32,8 +32,7 @@ export function figureView(recording, selection, { width = 1280, measure }) {
   const sentence = sentenceView(recording, selection, { width: middle, measure, compact: narrow });
   put("sentence", sentence, EDGE + grid, y);
   let bottom = y + sentence.height;
-  const units = [attention.query_side, attention.key_side].map((s) => recording.units(s, selection.unit).length);
-  if (selection.view === "map" && Math.max(...units) <= MAP_LIMIT) {
+  if (selection.view === "map") {
     const map = mapView(recording, selection, { width: middle, measure });
     put("map", map, EDGE + grid, bottom + 8);
     bottom += 8 + map.height;

@@ -1,14 +1,17 @@
 // The heads: a grid of small pictures, one row a layer, groups that share keys bracketed. (recording, selection) -> display list
 
 import { dash, hue } from "../core/colour.js";
-import { headsOf } from "../core/links.js";
+import { headsBy, headsOf } from "../core/links.js";
 import { drawnHeads } from "../core/selection.js";
-import { percent } from "../core/words.js";
+import { number, percent } from "../core/words.js";
 
 // size: px of a thumbnail; sorted: strongest link from -> to first (the Heads view), else by position
 export function headsView(recording, selection, { size = 24, width, pair = null, labels = true } = {}) {
   const attention = recording.attention(selection.attention);
-  const ranked = pair && selection.sort === "link" ? headsOf(recording, selection, pair.from, pair.to) : [];
+  const { sort } = selection;
+  const byLink = pair && sort === "link" ? headsOf(recording, selection, pair.from, pair.to).map((one) => ({ ...one, text: percent(one.weight) })) : [];
+  const share = ["previous", "next", "first", "same"].includes(sort);
+  const ranked = sort === "link" || sort === "position" ? byLink : headsBy(recording, selection, sort).map((one) => ({ ...one, text: share ? percent(one.value) : number(one.value) }));
   return ranked.length ? rankedGrid(recording, selection, ranked, { size, width }) : positionGrid(recording, selection, attention, { size, labels });
 }
 
@@ -57,12 +60,12 @@ function rankedGrid(recording, selection, ranked, { size, width }) {
   const thumbs = [];
   const buttons = [];
   const items = [];
-  ranked.forEach(({ layer, head, weight }, i) => {
+  ranked.forEach(({ layer, head, text }, i) => {
     const at = { x: (i % columns) * step + 2, y: Math.floor(i / columns) * line + 2, w: size, h: size };
     thumbs.push({ ...at, layer, head });
     buttons.push(cell(selection, layer, head, at), ...badge(selection, layer, head, at));
     items.push({ t: "text", x: at.x, y: at.y + size + 12, text: `${layer} · ${head}`, size: 11, fill: "soft", anchor: "start" });
-    items.push({ t: "text", x: at.x, y: at.y + size + 26, text: percent(weight), size: 12, fill: "ink", anchor: "start", tabular: true });
+    items.push({ t: "text", x: at.x, y: at.y + size + 26, text, size: 12, fill: "ink", anchor: "start", tabular: true });
   });
   const height = Math.ceil(ranked.length / columns) * line + 4;
   return {
@@ -71,7 +74,7 @@ function rankedGrid(recording, selection, ranked, { size, width }) {
     items: [
       { t: "heat", key: "thumbs", x: 0, y: 0, w: width, h: height, ...atlas(recording, selection, thumbs, width, height) },
       ...items,
-      { t: "group", key: "grid", role: "group", name: "heads, strongest first", items: buttons },
+      { t: "group", key: "grid", role: "group", name: "heads, largest first", items: buttons },
     ],
   };
 }

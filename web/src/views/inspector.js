@@ -9,10 +9,12 @@ import { Column } from "./column.js";
 import { originSteps } from "./origin.js";
 
 const ROW = 28;
+const PLACES = { "layer-mean": "mean of the layer", "layer-max": "largest of the layer", "all-mean": "mean of all heads", "all-max": "largest of all heads" };
 
 // The word that the inspector speaks of, and the far end of its pair.
 export function frontOf(recording, selection, hover) {
-  const front = hover ?? (selection.word === null ? null : { side: selection.side, word: selection.word });
+  const span = selection.pins.find((pin) => pin.side === selection.side && pin.word === selection.word);
+  const front = hover ?? (selection.word === null ? null : { side: selection.side, word: selection.word, last: span?.last });
   if (!front || !recording.units(front.side, selection.unit)[front.word]) return null;
   const links = linksOf(recording, selection, { ...front, layer: selection.layer, head: selection.head });
   if (!links) return { ...front, links, target: null };
@@ -23,17 +25,26 @@ export function frontOf(recording, selection, hover) {
 export function inspectorView(recording, selection, { width, measure, hover = null }) {
   const column = new Column(width, measure);
   const front = frontOf(recording, selection, hover);
-  const place = `layer ${selection.layer} head ${selection.head}`;
+  const place = PLACES[selection.over] ?? `layer ${selection.layer} head ${selection.head}`;
   if (!front) return nothingChosen(column, recording, selection, place).list();
-  const name = shownText(recording.units(front.side, selection.unit)[front.word].text);
+  const name = nameOf(recording, selection, front);
   if (!front.links) {
-    const missing = front.links === null && recording.get(`weights/${selection.attention}/${selection.layer}`) === null;
+    const missing = front.links === null;
     column.text(name, { size: 17, weight: 600, heading: 2 });
     return column.text(missing ? `The weights of layer ${selection.layer} are not in this file. Choose another head.` : `Reading layer ${selection.layer} …`, { fill: "soft" }).list();
   }
   const asks = front.links.direction === "to" ? "looks at" : "is looked at by";
   heading(column, name, asks, selection.heads.length ? `${drawnHeads(selection).length} heads` : place);
-  if (selection.heads.length) return severalHeads(column, recording, selection, front).list();
+  if (selection.heads.length) {
+    const series = drawnHeads(selection).map(([layer, head]) => ({ name: `layer ${layer} head ${head}`, links: linksOf(recording, selection, { ...front, layer, head }) }));
+    return several(column, series, front.links.direction).list();
+  }
+  if (selection.pins.length > 1 && !hover) {
+    const { layer, head } = selection;
+    const series = selection.pins.map((pin) => ({ name: nameOf(recording, selection, pin), links: linksOf(recording, selection, { ...pin, layer, head }) }));
+    several(column, series, front.links.direction).rule();
+    column.text(name, { size: 15, weight: 600, heading: 3 }).gap(4);
+  }
 
   const barLeft = Math.min(120, Math.max(56, ...front.links.shown.map((link) => measure(shownText(link.text), 15, 400) + 12)));
   const rows = [];
@@ -43,6 +54,8 @@ export function inspectorView(recording, selection, { width, measure, hover = nu
   column.rule();
 
   const target = front.target;
+  if (selection.over || selection.bare || front.last > front.word)
+    return column.text("These are weights put together. Show this head alone, sinks and one word, to see how a number came about.", { fill: "soft" }).list();
   if (target && target.weight > 0) {
     const [from, to] = ends(recording, selection, front, target);
     const y = column.y + 2;
@@ -170,17 +183,22 @@ function nothingChosen(column, recording, selection, place) {
   return column.add({ t: "group", key: "best", role: "group", name: "strongest links", items: rows });
 }
 
-// Several heads: for each word that any of them looks at, one bar a head.
-function severalHeads(column, recording, selection, front) {
-  const heads = drawnHeads(selection);
+const nameOf = (recording, selection, { side, word, last }) => {
+  const units = recording.units(side, selection.unit);
+  return last > word ? units.slice(word, last + 1).map((unit) => shownText(unit.text)).join(" ") : shownText(units[word].text);
+};
+
+// Several heads, or several pins: for each word that any of them looks at, one bar each.
+function several(column, series, direction) {
   const { width, measure } = column;
-  const all = heads.map(([layer, head]) => linksOf(recording, selection, { ...front, layer, head }));
-  heads.forEach(([layer, head], i) => {
+  const all = series.map(({ links }) => links);
+  series.forEach(({ name, links }, i) => {
+    const sum = links && direction === "to" ? sumLine(links) : "";
     column.y += 20;
     column.add(
       { t: "path", d: `M0 ${column.y - 9}H28`, stroke: hue(i), width: 4, dash: dash(i), opacity: 1 },
-      { t: "text", x: 36, y: column.y - 5, text: `${i + 1}: layer ${layer} head ${head}`, size: 13, fill: "ink", anchor: "start", tabular: true },
-      { t: "text", x: width, y: column.y - 5, text: all[i] && front.links.direction === "to" ? sumLine(all[i]) : "", size: 12, fill: "soft", anchor: "end", tabular: true },
+      { t: "text", x: 36, y: column.y - 5, text: cut(`${i + 1}: ${name}`, width - 44 - measure(sum, 12, 400), 13, measure), size: 13, fill: "ink", anchor: "start", tabular: true },
+      { t: "text", x: width, y: column.y - 5, text: sum, size: 12, fill: "soft", anchor: "end", tabular: true },
     );
   });
   column.rule();

@@ -1,7 +1,10 @@
 // The map: every word against every word in one head, up to 512 of them. (recording, selection) -> display list
 
+import { howOf } from "../core/links.js";
 import { cut, shownText, wrap } from "../core/text.js";
+import { levelOf, tileKey } from "../core/tiles.js";
 import { percent } from "../core/words.js";
+import { sizeOf } from "./atlas.js";
 
 export const MAP_LIMIT = 512;
 
@@ -11,10 +14,12 @@ export function mapView(recording, selection, { width, measure, hover = null, ce
   const queries = recording.units(attention.query_side, unit);
   const keys = recording.units(attention.key_side, unit);
   if (Math.max(queries.length, keys.length) > MAP_LIMIT) {
+    const coarse = tileFigure(recording, selection, { width, measure });
+    if (coarse) return coarse;
     const text = `The map is drawn up to ${MAP_LIMIT} words; this text has ${Math.max(queries.length, keys.length)}. The lines and the list carry the same numbers.`;
     return note(text, width, measure);
   }
-  const map = recording.map(index, layer, head, unit);
+  const map = recording.map(index, layer, head, unit, howOf(selection));
   if (map === null) return note(`The weights of layer ${layer} are not in this file. Choose another head.`, width, measure);
   if (!map) return note(`Reading the weights of layer ${layer} …`, width, measure);
 
@@ -54,11 +59,33 @@ export function mapView(recording, selection, { width, measure, hover = null, ce
   return { width, height: y + (beside ? 34 : 54), items };
 }
 
+// A large map in a picture: its coarsest tile, on the scale of square roots that the page has.
+function tileFigure(recording, selection, { width, measure }) {
+  const size = sizeOf(recording, selection);
+  const level = levelOf(Math.max(size.rows, size.cols));
+  const blob = recording.get(tileKey(selection, { level, row: 0, col: 0 }));
+  if (!blob) return null;
+  const [rows, cols] = blob.shape;
+  const most = blob.data.reduce((top, value) => Math.max(top, value), 0) || 1;
+  const scale = Math.min(width - 8, 560) / Math.max(rows, cols);
+  const [w, h] = [cols * scale, rows * scale];
+  const lines = wrap(`One cell stands for ${2 ** level} × ${2 ** level} weights: the largest of them. Colour grows with the square root; the strongest is ${percent(most)}. ${size.rows} rows look at ${size.cols} columns.`, width - 8, 13, measure);
+  return {
+    width,
+    height: h + 24 + 20 * lines.length,
+    items: [
+      { t: "heat", key: "map", x: 4, y: 8, w, h, rows, cols, values: Float64Array.from(blob.data, (value) => Math.sqrt(value / most)), max: 1, name: `map of layer ${selection.layer} head ${selection.head}` },
+      { t: "path", d: `M4 8h${w}v${h}h${-w}Z`, stroke: "faint", width: 1, opacity: 1 },
+      ...lines.map((text, i) => ({ t: "text", x: 4, y: h + 28 + 20 * i, text, size: 13, fill: "soft", anchor: "start" })),
+    ],
+  };
+}
+
 // The map's twin: the same numbers as rows of text. Beyond `limit` units, each row's strongest links.
 export function mapTable(recording, selection, limit = 40) {
   const { attention: index, layer, head, unit } = selection;
   const attention = recording.attention(index);
-  const map = recording.map(index, layer, head, unit);
+  const map = recording.map(index, layer, head, unit, howOf(selection));
   if (!map) return null;
   const queries = recording.units(attention.query_side, unit);
   const keys = recording.units(attention.key_side, unit);

@@ -1,14 +1,23 @@
 // The sentence: words as buttons, and lines from the chosen word to what it looks at. (recording, selection) -> display list
 
 import { dash, hue } from "../core/colour.js";
-import { linksOf, restPercent } from "../core/links.js";
+import { howOf, linksOf, restPercent } from "../core/links.js";
 import { drawnHeads, hueOfPin } from "../core/selection.js";
 import { column, flow } from "../core/text.js";
-import { percent, plural } from "../core/words.js";
+import { percent, plural, roleOf } from "../core/words.js";
 
 export const LINE_WIDTH = 14; // px of a line whose weight is 1: width is proportional to weight, whatever else is drawn
 const LABEL = 17;
 const BUNDLE = 48;
+const EXCERPT = 320; // words of a long text that stand on the page at a time
+
+// The part of a side that is shown: [first, end). A long text is turned like pages; the word in front is always on one.
+export function excerpt(recording, selection, side) {
+  const { length } = recording.units(side, selection.unit);
+  if (length <= 2 * EXCERPT) return [0, length];
+  const first = Math.min(Math.max(0, selection.first), length - EXCERPT);
+  return [first, first + EXCERPT];
+}
 
 // hover: {side, word} or null. -> {width, height, items}
 export function sentenceView(recording, selection, { width, measure, hover = null, compact = false }) {
@@ -21,7 +30,7 @@ export function sentenceView(recording, selection, { width, measure, hover = nul
   const lines = [];
   const bundles = [];
   const labels = new Map();
-  const tints = new Map();
+  const tints = shading(recording, selection, sides);
 
   for (const asker of askers) {
     if (!layout.box(asker.side, asker.word)) continue;
@@ -31,13 +40,14 @@ export function sentenceView(recording, selection, { width, measure, hover = nul
       const index = several ? headIndex : asker.hue;
       const style = { colour: hue(index), dashed: several || askers.length > 1, index, several };
       const shift = several ? headIndex - (heads.length - 1) / 2 : 0;
-      const start = spread(layout, asker, links.shown);
-      for (const link of links.shown) {
+      const near = links.shown.filter((link) => layout.box(link.side, link.unit));
+      const start = spread(layout, asker, near);
+      for (const link of near) {
         lines.push(line(layout, asker, link, { start: start.get(link.unit), shift }, style, { layer, head }));
         if (asker.front) label(labels, asker, link, several ? headIndex : null);
       }
       if (asker.front && !several) {
-        for (const link of links.all) if (link.weight > 0) tints.set(`${link.side}.${link.unit}`, { colour: style.colour, weight: link.weight });
+        if (!selection.shade) for (const link of links.all) if (link.weight > 0 && layout.box(link.side, link.unit)) tints.set(`${link.side}.${link.unit}`, { colour: style.colour, weight: link.weight });
         if (links.rest.count) bundles.push(bundle(layout, asker, links, style));
       }
     });
@@ -57,6 +67,27 @@ export function sentenceView(recording, selection, { width, measure, hover = nul
   return { width, height: layout.height, items };
 }
 
+// Every word shaded at once: by the mean share it receives, or by the share it gives to other words.
+export function shading(recording, selection, sides) {
+  const tints = new Map();
+  const { attention: index, layer, head, unit, shade } = selection;
+  const map = shade && !recording.long(index) && recording.map(index, layer, head, unit, howOf(selection));
+  if (!map) return tints;
+  const { query_side, key_side } = recording.attention(index);
+  const side = shade === "received" ? key_side : query_side;
+  if (!sides.includes(side)) return tints;
+  const keys = recording.units(key_side, unit);
+  const values = recording.units(side, unit).map((_, i) => {
+    if (shade === "received") return map.received[i] / map.rows;
+    let sum = 0;
+    for (let c = 0; c < map.cols; c++) if (!(query_side === key_side && c === i) && !roleOf(keys[c], c, map.received[c] / map.rows)) sum += map.data[i * map.cols + c];
+    return sum;
+  });
+  const most = Math.max(...values) || 1;
+  values.forEach((value, i) => tints.set(`${side}.${i}`, { colour: "accent", weight: value / most, value }));
+  return tints;
+}
+
 // The words that lines start from: the pinned ones, and the one in front (hovered, else focused).
 export function askersOf(selection, hover) {
   const front = hover ?? (selection.word === null ? null : { side: selection.side, word: selection.word });
@@ -69,7 +100,8 @@ export function askersOf(selection, hover) {
 }
 
 function place(recording, selection, sides, { width, measure, compact }) {
-  const all = sides.map((side) => recording.units(side, selection.unit));
+  const parts = new Map(sides.map((side) => [side, excerpt(recording, selection, side)]));
+  const all = sides.map((side) => recording.units(side, selection.unit).slice(...parts.get(side)));
   const count = all.reduce((sum, units) => sum + units.length, 0);
   const size = count > 160 ? 18 : 22;
   const blocks = new Map();
@@ -106,8 +138,8 @@ function place(recording, selection, sides, { width, measure, compact }) {
       height = between + blocks.get(sides[1]).height + LABEL + 24;
     }
   }
-  const box = (side, unit) => blocks.get(side)?.boxes[unit];
-  return { blocks, box, width, height, columns, gap, two: sides.length > 1, titles, top: sides[0], size };
+  const box = (side, unit) => blocks.get(side)?.boxes[unit - parts.get(side)[0]];
+  return { blocks, box, parts, width, height, columns, gap, two: sides.length > 1, titles, top: sides[0], size };
 }
 
 // Where each line leaves its word: side by side in the order of their targets, so that they do not cross at the start.
@@ -171,7 +203,7 @@ function bundle(layout, asker, links, style) {
   const path = {
     t: "path",
     key: "bundle",
-    d: links.rest.links.slice(0, BUNDLE).map((link) => curve(layout, asker, link)).join(""),
+    d: links.rest.links.filter((link) => layout.box(link.side, link.unit)).slice(0, BUNDLE).map((link) => curve(layout, asker, link)).join(""),
     stroke: style.colour,
     width: 0.6,
     opacity: round2(0.15 + 0.3 * Math.min(1, links.rest.weight)),
@@ -223,10 +255,13 @@ function numbers(layout, labels, sums, measure) {
 function words(recording, selection, side, layout, { askers, tints }) {
   const units = recording.units(side, selection.unit);
   const current = selection.side === side && selection.word !== null ? selection.word : null;
-  return layout.blocks.get(side).boxes.map((box, i) => {
-    const asker = askers.find((a) => a.side === side && a.word === i);
+  const [first] = layout.parts.get(side);
+  return layout.blocks.get(side).boxes.flatMap((box, at) => {
+    if (units[first + at].special && !selection.special) return [];
+    const i = first + at;
+    const asker = askers.find((a) => a.side === side && a.word <= i && i <= (a.last ?? a.word));
     const tint = tints.get(`${side}.${i}`);
-    const pinned = hueOfPin(selection, side, i);
+    const pinned = selection.pins.findIndex((pin) => pin.side === side && pin.word <= i && i <= (pin.last ?? pin.word));
     const inside = [];
     if (tint) inside.push({ t: "rect", x: 0, y: 0, w: box.w, h: box.h, r: 4, fill: tint.colour, opacity: round2(0.34 * tint.weight) });
     if (asker) {
@@ -243,6 +278,8 @@ function words(recording, selection, side, layout, { askers, tints }) {
       fill: units[i].special ? "soft" : "ink",
       anchor: "middle",
     });
+    const said = selection.shade && tint && box.w > 30 ? ` ${percent(tint.value)}` : "";
+    if (said) inside.push({ t: "text", x: box.w / 2, y: box.h + 10, text: percent(tint.value), size: 10, fill: "soft", anchor: "middle", tabular: true, quiet: true });
     return {
       t: "button",
       key: `word${side}.${i}`,
@@ -251,9 +288,9 @@ function words(recording, selection, side, layout, { askers, tints }) {
       y: box.y,
       w: box.w,
       h: box.h,
-      name: units[i].text.trim() || box.text,
+      name: (units[i].text.trim() || box.text) + said,
       pressed: pinned >= 0,
-      tab: current === null ? i === 0 && side === firstSide(selection, recording) : current === i,
+      tab: current === null ? at === 0 && side === firstSide(selection, recording) : current === i,
       action: { type: "pin", side, word: i },
       data: { word: i, side },
       items: inside,
