@@ -122,12 +122,33 @@ def statistics_and_tiles() -> None:
 
 @case
 def steps_with_a_cache() -> None:
-    for dtype, heads in itertools.product(DTYPES, ((4, 4), (8, 2), (3, 1))):
-        cache = regard.KVCache()
+    kinds = (
+        {},
+        {"page_size": 64},
+        {"dtype": torch.int8},
+        {"left": 40, "first": 3},
+        {"page_size": 64, "dtype": torch.int8},
+    )
+    for dtype, heads, kind in itertools.product(DTYPES, ((4, 4), (8, 2), (3, 1)), kinds):
+        cache = regard.KVCache(**kind)
+        mask = masks.sliding_window(40, 0) if "left" in kind else masks.causal()
         with torch.no_grad():
             for n in (70, 1, 1, 5, 1):
                 q, k, v = inputs((2, *heads, n, n, 33, 20), dtype, "rows")
-                regard.attention(q, k, v, mask=masks.causal(), cache=cache)
+                sinks = torch.randn(heads[0]).to(dtype)
+                regard.attention_with_stats(
+                    q, k, v, mask=mask, cache=cache, sinks=sinks, softcap=7.0, received=n == 1 and not kind
+                )
+
+
+@case
+def few_queries_over_many_keys() -> None:
+    for dtype, layout, n, m in itertools.product(DTYPES, ("plain", "rows", "columns"), (1, 3, 8), (1, 64, 129, 2500)):
+        q, k, v = (t.detach() for t in inputs((2, 6, 2, n, m, 40, 33), dtype, layout))
+        for mask in (None, masks.causal(), masks.padding(torch.tensor([m // 2, m])), torch.rand(n, m) > 0.5):
+            regard.attention_with_stats(
+                q, k, v, mask=mask, query_offset=m - n, bias=torch.randn(1, 6, n, m).to(dtype), received=True
+            )
 
 
 @case

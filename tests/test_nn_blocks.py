@@ -274,12 +274,12 @@ def test_no_first_token_and_too_many_beams_are_refused():
 def test_a_cache_goes_on_with_chosen_rows():
     cache, k = KVCache(), torch.randn(3, 2, 4, 5)
     cache.append(k, k + 1)
-    cache.select(torch.tensor([2, 2, 0, 1]))
+    cache.reorder(torch.tensor([2, 2, 0, 1]))
     assert torch.equal(cache.keys, k[[2, 2, 0, 1]])
     assert torch.equal(cache.values, k[[2, 2, 0, 1]] + 1)
     new = torch.randn(4, 2, 1, 5)
     cache.append(new, new)
     assert (cache.position, cache.key_offset, len(cache)) == (5, 0, 5)
     empty = KVCache()
-    empty.select(torch.tensor([0]))
+    empty.reorder(torch.tensor([0]))
     assert len(empty) == 0

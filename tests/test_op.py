@@ -85,7 +85,8 @@ def test_the_gradient_of_a_dense_bias_is_gathered_whatever_it_broadcasts_over(is
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
     for one, other, exact in zip(*found, want, strict=True):
         assert torch.equal(one, other)
-        assert (one.double() - exact).abs().max() <= tolerance * (exact.abs().max() + 0.1)
+        summed = (2 * 4 * 70 * 1100 / exact.numel()) ** 0.5  # what broadcasts adds up many roundings, to 0 at best
+        assert (one.double() - exact).abs().max() <= tolerance * (exact.abs().max() + 0.1 * max(1.0, summed))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

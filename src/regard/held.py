@@ -80,7 +80,8 @@ def coded(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def decoded(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The numbers that codes stand for."""
-    return (codes.float() * scales[..., None]).to(dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return (codes.to(wide) * scales[..., None].to(wide)).to(dtype)
 
 
 class HeldRows(Tensor):

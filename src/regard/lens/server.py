@@ -109,7 +109,7 @@ def application(
         headers = {"X-Shape": ",".join(map(str, found.shape)), "X-Dtype": found.dtype, "X-Share": f"{share:.4f}"}
         return Response(found.bytes(), media_type="application/octet-stream", headers=headers)
 
-    async def posted(request: Request, answer: Callable[[dict[str, Any]], Response], what: str) -> Response:
+    async def posted(request: Request, answer: Callable[[Any], Response], what: str) -> Response:
         from starlette.concurrency import run_in_threadpool
 
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -126,7 +126,7 @@ def application(
             asked = json.loads(bytes(body))
         except (ValueError, RecursionError):
             asked = None
-        return await run_in_threadpool(answer, asked if isinstance(asked, dict) else {})
+        return await run_in_threadpool(answer, asked)
 
     async def again(request: Request) -> Response:
         return await posted(request, read, "text")
@@ -140,14 +140,14 @@ def application(
 
         return asked
 
-    def read(asked: dict[str, Any]) -> Response:
-        text = asked.get("text")
+    def read(asked: Any) -> Response:
+        text = asked.get("text") if isinstance(asked, dict) else None
         if not isinstance(text, str):
             return _sentence(400, 'Send {"text": "a sentence"}.')
         return show(lambda: run(text))
 
-    def other(asked: dict[str, Any]) -> Response:
-        index = asked.get("index")
+    def other(asked: Any) -> Response:
+        index = asked.get("index") if isinstance(asked, dict) else None
         if not isinstance(index, int) or isinstance(index, bool):
             return _sentence(400, 'Send {"index": 0}.')
         opener = turn
@@ -167,7 +167,9 @@ def application(
             state.update(view=fresh, maps=Maps(fresh.look), serial=state["serial"] + 1)
             return told()
 
-    def told_by(ask: Callable[[Look, Any], dict[str, Any]], given: dict[str, Any]) -> Response:
+    def told_by(ask: Callable[[Look, Any], dict[str, Any]], given: Any) -> Response:
+        if not isinstance(given, dict):
+            return _sentence(400, "Send a JSON object.")
         with busy:
             look = state["view"].look
             if given.get("text", look.text) != look.text:
