@@ -126,7 +126,9 @@ def payload(
         head_scores: more scores of the heads of the front attention, by name: a list of heads for each layer.
     """
     from regard.lens.fingerprint import versions
+    from regard.lens.probes import twins
 
+    runs = live and look.loaded.model is not None
     front = look.attentions[selection.attention]
     return {
         "format": FORMAT,
@@ -139,7 +141,8 @@ def payload(
             "num_kv_heads": front.layers[0].num_kv_heads,
         },
         "live": live,
-        "runs": live and look.loaded.model is not None,
+        "runs": runs,
+        "twins": [[one.text, other.text] for one, other in twins()] if runs and len(look.sides) == 1 else [],
         "text": look.text,
         "notes": list(look.notes),
         "head_scores": head_scores,

@@ -109,7 +109,9 @@ def application(
         headers = {"X-Shape": ",".join(map(str, found.shape)), "X-Dtype": found.dtype, "X-Share": f"{share:.4f}"}
         return Response(found.bytes(), media_type="application/octet-stream", headers=headers)
 
-    async def posted(request: Request, answer: Callable[[dict[str, Any]], Response], what: str) -> Response:
+    async def posted(
+        request: Request, answer: Callable[[dict[str, Any]], Response], what: str, wanted: str
+    ) -> Response:
         from starlette.concurrency import run_in_threadpool
 
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -126,17 +128,19 @@ def application(
             asked = json.loads(bytes(body))
         except (ValueError, RecursionError):
             asked = None
-        return await run_in_threadpool(answer, asked if isinstance(asked, dict) else {})
+        if not isinstance(asked, dict):
+            return _sentence(400, f"Send {wanted}.")
+        return await run_in_threadpool(answer, asked)
 
     async def again(request: Request) -> Response:
-        return await posted(request, read, "text")
+        return await posted(request, read, "text", '{"text": "a sentence"}')
 
     async def turned(request: Request) -> Response:
-        return await posted(request, other, "number")
+        return await posted(request, other, "number", '{"index": 0}')
 
     def asking(ask: Callable[[Look, Any], dict[str, Any]]) -> Callable[[Request], Awaitable[Response]]:
         async def asked(request: Request) -> Response:
-            return await posted(request, lambda given: told_by(ask, given), "question")
+            return await posted(request, lambda given: told_by(ask, given), "question", "a JSON object")
 
         return asked
 
