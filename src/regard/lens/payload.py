@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from regard.lens.links import Found, strongest
 from regard.lens.look import Attention, Look
 from regard.lens.measures import measures, names
 from regard.lens.tokens import Side
+
+if TYPE_CHECKING:
+    from regard.lens.head_labels import HeadLabels
 
 FORMAT = "regard-page/1"
 THUMB = 24  # cells on a side of a head's small picture
@@ -114,7 +117,7 @@ def payload(
     selection: Selection,
     found: list[Found] | None = None,
     live: bool = False,
-    head_scores: dict[str, list[list[float]]] | None = None,
+    labels: HeadLabels | None = None,
 ) -> dict[str, Any]:
     """The page's JSON, without its blobs.
 
@@ -123,7 +126,7 @@ def payload(
         selection: what to open on.
         found: what `links.find` found.
         live: whether a server answers.
-        head_scores: more scores of the heads of the front attention, by name: a list of heads for each layer.
+        labels: scores and labels of the heads of the front attention, over a corpus.
     """
     from regard.lens.fingerprint import versions
     from regard.lens.probes import twins
@@ -145,7 +148,8 @@ def payload(
         "twins": [[one.text, other.text] for one, other in twins()] if runs and len(look.sides) == 1 else [],
         "text": look.text,
         "notes": list(look.notes),
-        "head_scores": head_scores,
+        "head_scores": None if labels is None else labels.scores,
+        "head_labels": None if labels is None else labels.labels,
         "window": list(look.window),
         "sides": [_side(side) for side in look.sides],
         "attentions": [_attention(look, index) for index in range(len(look.attentions))],
