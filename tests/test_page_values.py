@@ -65,6 +65,15 @@ def test_the_value_and_the_output_row_are_on_a_saved_page(seen, open_page):
     assert float(re.search(r"is the same to within ([\d.e+-]+?)\.(?: |$)", text)[1]) < 1e-4
     labels = inspector.locator(".t").all_inner_texts()
     assert {"v", "w·v", "out"} <= set(labels)
+    high = inspector.locator(".picture").evaluate(
+        """picture => ["v", "w·v"].map(label => {
+            const svg = [...picture.children].find(one => one.textContent === label).nextElementSibling;
+            const drawn = svg.querySelectorAll("path")[1].getAttribute("d");
+            return Math.max(...[...drawn.matchAll(/v([\\d.]+)h/g)].map(m => +m[1]));
+        })"""
+    )
+    weight = float(re.search(r"× value: ([\d.e+-]+) ×", text)[1])
+    assert high[1] / high[0] == pytest.approx(weight, abs=0.03)  # drawn on one scale
     other = (selection.head + 1) % attention.num_heads
     page.goto(page.url.replace(f"h={selection.head}&", f"h={other}&"))
     page.locator(f'button.head[aria-pressed="true"][data-head="{other}"]').first.wait_for()

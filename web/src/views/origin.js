@@ -60,7 +60,7 @@ export function originSteps(column, recording, selection, from, to) {
     step(n++, `× value: ${exact(o.weight)} × ${number(o.norm)} = ${number(o.weight * o.norm)}`);
     column.text(`The weight says how much of ${key}’s value is taken; that value is ${number(o.norm)} long. Of all that ${query} takes in here, measured so, this is ${percent(o.share)}.`, small).gap(6);
     column.bars(o.carried, { height: 36, chosen: o.key.token, signed: false });
-    if (o.value) column.bars(o.value.v, { label: "v" }).bars(o.value.carried, { label: "w·v" });
+    if (o.value) column.bars(o.value.v, { label: "v" }).bars(o.value.carried, { label: "w·v", like: o.value.v });
     else if (o.waits) column.text("Reading the values …", small);
   }
   if (o.value) {
