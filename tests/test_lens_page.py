@@ -235,11 +235,14 @@ def unpacked(one):
 
 def test_a_saved_page_carries_its_numbers(seen):
     view = seen("t5")
-    page = saved(payload(view, first_selection(view, None, None, None), live=True), view)
+    start = first_selection(view, None, None, None)
+    page = saved(payload(view, start, live=True), view)
     assert page["live"] is False
     of_layers = ("weights", "q", "k", "norms", "lse")
     keys = {f"{name}/{index}/{layer}" for name in of_layers for index in range(3) for layer in range(2)}
     keys |= {f"{name}/{index}" for name in ("thumbs", "measures") for index in range(3)}
+    word = view.sides[1].words[start.word]
+    keys |= {f"values/{start.attention}/{start.layer}/{start.head}/{token}" for token in range(*word.tokens)}
     assert set(page["blobs"]) == keys
     assert np.array_equal(unpacked(page["blobs"]["weights/2/1"]), view.recording.weights(1, kind="cross").numpy())
 

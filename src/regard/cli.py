@@ -90,6 +90,10 @@ def look(
         str | None,
         typer.Option(help="Another model or checkpoint that the page compares this one with.", metavar="MODEL"),
     ] = None,
+    heads: Annotated[
+        Path | None,
+        typer.Option(help="What regard heads found of this model: sort and label heads by it.", metavar="FILE"),
+    ] = None,
     save: Annotated[
         Path | None,
         typer.Option(
@@ -104,7 +108,7 @@ def look(
 
     console = Console(highlight=False)
     try:
-        _look(console, text, model, layer, head, find, target, save, port, no_browser, against)
+        _look(console, text, model, layer, head, find, target, save, port, no_browser, against, heads)
     except (ImportError, OSError, ValueError) as refused:
         raise typer.Exit(_refused(refused)) from None
 
@@ -278,6 +282,7 @@ def _look(
     port: int | None,
     no_browser: bool,
     against: str | None,
+    heads: Path | None,
 ) -> None:
     from regard.lens import export, server
 
@@ -289,11 +294,13 @@ def _look(
         from regard.lens.look import default_text, look
         from regard.lens.opened import is_recording
 
+        if heads is not None and not heads.is_file():
+            raise ValueError(f"look: --heads must be a file that is there; got {heads}. Run regard heads MODEL CORPUS.")
         if text is not None and Path(text).suffix.lower() in export.SESSIONS and Path(text).is_file():
             _look_at_session(console, Path(text), save, listening, no_browser)
             return
         if text is not None and is_recording(text):
-            _look_at_recording(console, text, layer, head, find, save, listening, no_browser)
+            _look_at_recording(console, text, layer, head, find, save, listening, no_browser, heads)
             return
         with _progress() as report:
             from regard.lens.models import load
@@ -308,7 +315,7 @@ def _look(
                 )
             report("reading the text", 0.0)
             seen = look(loaded, chosen, target, lambda message: report(message, 0.5))
-            view, found = _view(seen, layer, head, find, live=save is None)
+            view, found = _view(seen, layer, head, find, save is None, heads)
         _print_links(console, view, found, find, layer, head)
         if save is not None:
             with _progress() as report:
@@ -322,7 +329,7 @@ def _look(
                 raise ValueError(
                     f"look: sound is chosen on the command line; got a text. Run regard look FILE.wav --model {model}."
                 )
-            return _view(look(loaded, new), None, None, None, live=True)[0]
+            return _view(look(loaded, new), None, None, None, True, heads)[0]
 
         assert listening is not None
         server.serve(listening, view, again, _started(console, no_browser), _asks(other))
@@ -340,6 +347,7 @@ def _look_at_recording(
     save: Path | None,
     listening: socket | None,
     no_browser: bool,
+    heads: Path | None,
 ) -> None:
     from regard.lens import export, server
     from regard.lens.opened import look_at
@@ -348,12 +356,12 @@ def _look_at_recording(
     recording = Recording.open(directory)
 
     def turn(window: int) -> View:
-        return _view(look_at(recording, window), None, None, None, live=True)[0]
+        return _view(look_at(recording, window), None, None, None, True, heads)[0]
 
     def refuse(_text: str) -> View:
         raise ValueError("look: text must be run by a model; got a recording, which holds none. Run regard look TEXT.")
 
-    view, found = _view(look_at(recording), layer, head, find, live=save is None)
+    view, found = _view(look_at(recording), layer, head, find, save is None, heads)
     _print_links(console, view, found, find, layer, head)
     if save is not None:
         export.write(save, view.look, view.page)
@@ -395,14 +403,24 @@ def _started(console: Console, no_browser: bool) -> Callable[[str], None]:
 
 
 def _view(
-    seen: Look, layer: int | None, head: int | None, find: tuple[str, str] | None, live: bool
+    seen: Look,
+    layer: int | None,
+    head: int | None,
+    find: tuple[str, str] | None,
+    live: bool,
+    heads: Path | None = None,
 ) -> tuple[View, list[Found] | None]:
     from regard.lens import links, payload
     from regard.lens.server import View
 
     found = None if find is None else links.find(seen, seen.front, *find)
     selection = payload.first_selection(seen, layer, head, found)
-    return View(seen, payload.payload(seen, selection, found, live)), found
+    labels = None
+    if heads is not None:
+        from regard.lens.head_labels import read_head_labels
+
+        labels = read_head_labels(heads, seen)
+    return View(seen, payload.payload(seen, selection, found, live, labels)), found
 
 
 def _print_links(

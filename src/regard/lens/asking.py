@@ -21,7 +21,9 @@ POST /api/trust {"text": .., "position": 8, "target": 253} (nothing is needed; d
 
     -> {"target": 253, "target_text": " a", "probability": 0.11, "without_any": 0.004, "projected": true,
         "candidates": [0, 1, ...], "attributions": [{"name": "raw weight", "scores": [..] | null, "deletion": 0.107,
-        "insertion": 0.108}, ...]}       scores go with the candidates, tokens; "random" and "uniform" are controls
+        "insertion": 0.108, "deletion_range": [low, high], "insertion_range": [..]}, ...],
+        "task": "next", "position": 8 | null, "likeliest": [{"id": 253, "text": " a", "before": 0.11}, ...]}
+    scores go with the candidates, tokens; "random" (8 orders, whose ranges are given) and "uniform" are controls
 
 A refusal is {"error": "a sentence"}: 400 no JSON object, 409 another text is shown, 413 too long, 415 no JSON, 422 what
 cannot be cut. Sizes are to be shown beside the band of the control, never alone.
@@ -41,6 +43,7 @@ from regard.lens.trusting import trust
 
 MOST_CUTS = 64
 MOST_CONTROLS = 100
+RANDOMS = 8
 
 
 def inputs_of(look: Look) -> dict[str, Tensor]:
@@ -140,8 +143,15 @@ def ask_trust(look: Look, asked: dict[str, Any]) -> dict[str, Any]:
         position=_number(asked, "position", None),
         target=_number(asked, "target", None),
         tokenizer=look.loaded.tokenizer,
+        randoms=RANDOMS,
     ).to_json()
-    return {**told, "target_text": look.loaded.tokenizer.decode([told["target"]])}
+    classes = None if told["task"] in ("next", "masked") else look.loaded.model.config.id2label
+
+    def named(number: int) -> str:
+        return look.loaded.tokenizer.decode([number]) if classes is None else classes.get(number, str(number))
+
+    likeliest = [{"id": number, "text": named(number), "before": before} for number, before in told["likeliest"]]
+    return {**told, "target_text": named(told["target"]), "likeliest": likeliest}
 
 
 ASKS: dict[str, Callable[[Look, Any], dict[str, Any]]] = {"effects": ask_effects, "trust": ask_trust}

@@ -22,6 +22,7 @@ from regard.lens.recording import Recording
 from regard.lens.sound import read_wav
 from regard.lens.splitting import read_ids, read_text
 from regard.lens.tokens import Side, join_pieces
+from regard.lens.values import Values
 
 SENTENCE = "The cat sat on the mat because it was tired"
 ASPIRIN = "CC(=O)OC(C)=O.OC(=O)c1ccccc1O>>CC(=O)Oc1ccccc1C(=O)O"
@@ -70,6 +71,7 @@ class Look:
 
     Args:
         window: which of the recording's texts this is, and how many there are.
+        values: the values of the layers, where the model ran here.
     """
 
     loaded: Loaded
@@ -79,6 +81,7 @@ class Look:
     attentions: tuple[Attention, ...]
     notes: tuple[str, ...] = field(default_factory=tuple)
     window: tuple[int, int] = (0, 1)
+    values: Values = field(default_factory=Values)
 
     def long(self, index: int) -> bool:
         """Whether one layer's weights of an attention are too many to hand out whole."""
@@ -118,14 +121,17 @@ def look(loaded: Loaded, text: str, target: str | None = None, progress: Callabl
             f"look: --target must go with a model that reads one text and writes another; got {loaded.name}. "
             "Leave it out."
         )
+    from regard.huggingface import observe
+
     run = {"speech": _speech, "encoder-decoder": _two_texts}.get(loaded.shape, _one_text)
-    with torch.no_grad():
+    values = Values()
+    with torch.no_grad(), observe(values.watch(loaded.model)):
         recording, sides, notes = run(loaded, text, target, report)
     attentions = attentions_of(recording, sides, loaded.name)
     left_out = {layer.number for layer in recording.layers} - {n for one in attentions for n in one.numbers}
     if left_out:
         notes = (*notes, f"Layers with other head counts are left out: {', '.join(map(str, sorted(left_out)))}.")
-    return Look(loaded, text, recording, sides, attentions, (*notes, *recording.notes))
+    return Look(loaded, text, recording, sides, attentions, (*notes, *recording.notes), values=values)
 
 
 def _one_text(

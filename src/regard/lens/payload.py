@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from regard.lens.look import Attention, Look
 from regard.lens.measures import measures, names
 from regard.lens.tokens import Side
 
+if TYPE_CHECKING:
+    from regard.lens.head_labels import HeadLabels
+
 FORMAT = "regard-page/1"
 THUMB = 24  # cells on a side of a head's small picture
 SAMPLED = 8  # rows of each band that a long text's small pictures look at
@@ -33,7 +36,7 @@ MANY = 4096  # tokens beyond which a text travels packed
 LARGEST_PAGE = 48_000_000  # bytes of numbers that a saved page carries
 NUMBERS = ("weights", "q", "k", "norms", "lse")
 KEY = re.compile(
-    r"(weights|thumbs|measures|q|k|norms|lse|scores|received)/(\d{1,4})(?:/(\d{1,6}))?(?:/(\d{1,6})/(\d{1,9}))?"
+    r"(weights|thumbs|measures|q|k|norms|lse|scores|values|received)/(\d{1,4})(?:/(\d{1,6}))?(?:/(\d{1,6})/(\d{1,9}))?"
 )
 
 
@@ -114,7 +117,7 @@ def payload(
     selection: Selection,
     found: list[Found] | None = None,
     live: bool = False,
-    head_scores: dict[str, list[list[float]]] | None = None,
+    labels: HeadLabels | None = None,
 ) -> dict[str, Any]:
     """The page's JSON, without its blobs.
 
@@ -123,10 +126,12 @@ def payload(
         selection: what to open on.
         found: what `links.find` found.
         live: whether a server answers.
-        head_scores: more scores of the heads of the front attention, by name: a list of heads for each layer.
+        labels: scores and labels of the heads of the front attention, over a corpus.
     """
     from regard.lens.fingerprint import versions
+    from regard.lens.probes import twins
 
+    runs = live and look.loaded.model is not None
     front = look.attentions[selection.attention]
     return {
         "format": FORMAT,
@@ -139,10 +144,12 @@ def payload(
             "num_kv_heads": front.layers[0].num_kv_heads,
         },
         "live": live,
-        "runs": live and look.loaded.model is not None,
+        "runs": runs,
+        "twins": [[one.text, other.text] for one, other in twins()] if runs and len(look.sides) == 1 else [],
         "text": look.text,
         "notes": list(look.notes),
-        "head_scores": head_scores,
+        "head_scores": None if labels is None else labels.scores,
+        "head_labels": None if labels is None else labels.labels,
         "window": list(look.window),
         "sides": [_side(side) for side in look.sides],
         "attentions": [_attention(look, index) for index in range(len(look.attentions))],
@@ -162,8 +169,8 @@ def payload(
 def blob(look: Look, key: str) -> Blob | None:
     """The numbers behind a key of the page; None where the recording has no such thing.
 
-    Keys: weights, q, k, norms, lse, received by attention and layer; thumbs and measures by attention; scores by
-    attention, layer, head and row.
+    Keys: weights, q, k, norms, lse, received by attention and layer; thumbs and measures by attention; scores and
+    values by attention, layer, head and row; below the values stands what the head gives to that row.
     """
     match = KEY.fullmatch(key)
     if match is None or int(match[2]) >= len(look.attentions):
@@ -175,17 +182,20 @@ def blob(look: Look, key: str) -> Blob | None:
     if name == "thumbs":
         return Blob(_thumbs(look, attention)) if parts == [None, None, None] else None
     layer = next((one for one in attention.layers if one.number == parts[0]), None)
-    if layer is None or (parts[1] is None) != (name != "scores"):
+    if layer is None or (parts[1] is None) != (name not in ("scores", "values")):
         return None
     step = layer.steps[0]
     if look.long(int(match[2])) and name in ("weights", "q", "k"):
         return None
     if name == "received":
         return None if step.received is None else Blob(step.received[0].float())
-    if name == "scores":
+    if name in ("scores", "values"):
         head, row = parts[1:]
         if head is None or row is None or head >= layer.num_heads or row >= step.seq_len_q:
             return None
+        if name == "values":
+            found = None if look.long(int(match[2])) else look.values.row(attention.kind, layer.number, head, row)
+            return None if found is None else Blob(found.float())
         rows = slice(row, row + 1)
         stages = ("scaled", "capped", "biased", "weights")
         tiles = [look.recording.weights(layer, head, rows, step=0, stage=stage)[0] for stage in stages]
@@ -228,6 +238,12 @@ def saved(page: dict[str, Any], look: Look, progress: Callable[[float], None] | 
             blobs[f"{name}/{index}/{number}"] = _packed(blob(look, f"{name}/{index}/{number}"))
         if progress:
             progress((done + 1) / len(wanted))
+    attention = look.attentions[selection["attention"]]
+    if selection["word"] is not None:
+        for token in range(*look.sides[attention.query_side].words[selection["word"]].tokens):
+            key = f"values/{selection['attention']}/{selection['layer']}/{selection['head']}/{token}"
+            if (found := blob(look, key)) is not None:
+                blobs[key] = _packed(found)
     notes = list(page["notes"])
     for label in dict.fromkeys(label for label, _ in left_out):
         numbers = ", ".join(str(number) for own, number in sorted(left_out) if own == label)
@@ -368,4 +384,5 @@ def _attention(look: Look, index: int) -> dict[str, Any]:
         "has_received": step.received is not None,
         "long": look.long(index),
         "measures": list(names(look, index)),
+        "values": [] if look.long(index) else [n for n in attention.numbers if (attention.kind, n) in look.values.held],
     }

@@ -22,6 +22,7 @@ from regard.lens.models import Loaded
 
 MOST_TOKENS = 256
 DELETION = "true deletion"
+LIKELIEST = 5
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,15 @@ class Attribution:
         scores: one for each candidate token; None for random orders, of which there are several.
         deletion: area under p(target) while tokens are removed, best first; lower is better.
         insertion: area under p(target) while tokens are put back, best first; higher is better.
+        deletion_range, insertion_range: least and greatest area of several orders; of one order twice the area.
     """
 
     name: str
     scores: tuple[float, ...] | None
     deletion: float
     insertion: float
+    deletion_range: tuple[float, float]
+    insertion_range: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,9 @@ class Trust:
         candidates: positions of the tokens that may be removed: all but the model's own markers.
         projected: whether value norms are after the output projection.
         attributions: six, then random and uniform.
+        task: what is predicted: "next", "masked", "class" or "token class".
+        position: where, counted in the input; None for a class of the whole input.
+        likeliest: the first answers with all tokens, as (token or class, probability).
     """
 
     target: int
@@ -60,6 +67,9 @@ class Trust:
     candidates: tuple[int, ...]
     projected: bool
     attributions: tuple[Attribution, ...]
+    task: str
+    position: int | None
+    likeliest: tuple[tuple[int, float], ...]
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain dicts and lists."""
@@ -133,17 +143,25 @@ def trust(
         orders["random"] = [torch.randperm(len(candidates), generator=generator).tolist() for _ in range(randoms)]
         orders["uniform"] = [list(range(len(candidates)))]
         areas = _areas(bench, orders, candidates, chosen, steps)
-    found = [
-        Attribution(name, tuple(scored[name].tolist()) if name in scored else None, *areas[name]) for name in orders
-    ]
-    whole, none = float(bench.before[chosen].exp()), areas["nothing"][0]
-    return Trust(chosen, whole, none, tuple(candidates), maps.projected, tuple(found))
+        first = bench.before.topk(min(LIKELIEST, len(bench.before)))
+    found = []
+    for name in orders:
+        scores = tuple(scored[name].tolist()) if name in scored else None
+        (deletion, insertion), ranges = areas[name].mean(0).tolist(), areas[name].aminmax(dim=0)
+        low, high = ranges.min.tolist(), ranges.max.tolist()
+        found.append(Attribution(name, scores, deletion, insertion, (low[0], high[0]), (low[1], high[1])))
+    whole, none = float(bench.before[chosen].exp()), float(areas["nothing"][0, 0])
+    likeliest = tuple(zip(first.indices.tolist(), first.values.exp().tolist(), strict=True))
+    return Trust(
+        chosen, whole, none, tuple(candidates), maps.projected, tuple(found), bench.question.task, bench.question.token,
+        likeliest,
+    )  # fmt: skip
 
 
 def _areas(
     bench: Bench, orders: Mapping[str, list[list[int]]], candidates: Sequence[int], target: int, steps: int
-) -> dict[str, tuple[float, float]]:
-    """Deletion and insertion areas of each name, the mean over its orders."""
+) -> dict[str, Tensor]:
+    """Deletion and insertion areas of each name, (orders, 2)."""
     count = len(candidates)
     sizes = [round(count * step / steps) for step in range(1, steps)]
 
@@ -156,17 +174,17 @@ def _areas(
             trials += [without(order[:size]) for size in sizes] + [without(order[size:]) for size in sizes]
     p = bench.answers(trials, renormalise=True)[:, target].exp().tolist()
     whole, none, at = float(bench.before[target].exp()), p[0], 1
-    found = {"nothing": (none, none)}
+    found = {"nothing": torch.tensor([[none, none]], dtype=torch.float64)}
     shares = [0.0, *(size / count for size in sizes), 1.0]
     for name, several in orders.items():
-        areas = torch.zeros(2, dtype=torch.float64)
+        areas = []
         for _ in several:
             removing = [whole, *p[at : at + len(sizes)], none]
             adding = [none, *p[at + len(sizes) : at + 2 * len(sizes)], whole]
             at += 2 * len(sizes)
             line = torch.tensor([removing, adding], dtype=torch.float64)
-            areas += torch.trapezoid(line, torch.tensor(shares, dtype=torch.float64)) / len(several)
-        found[name] = (float(areas[0]), float(areas[1]))
+            areas.append(torch.trapezoid(line, torch.tensor(shares, dtype=torch.float64)))
+        found[name] = torch.stack(areas)
     return found
 
 

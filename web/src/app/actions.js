@@ -90,6 +90,16 @@ export function runAgain(text) {
   run.value = { kind: "failed", title: "Nothing to read.", text: "Type a sentence, then press Enter." };
 }
 
+// One of two sentences that differ at the end: opened on the word that asks, its twin kept for comparing.
+export async function readTwin(text, other) {
+  await ask("run", { text });
+  const r = recording.value;
+  const s = selection.value;
+  if (run.value.kind !== "idle" || r.payload.text !== text) return;
+  const word = r.units(s.side, s.unit).findIndex((unit) => unit.text.trim() === "it");
+  commit({ ...(word < 0 ? s : S.focusWord({ ...s, mode: "to" }, s.side, word)), other }, "twin");
+}
+
 // Another text of this recording.
 export const openWindow = (index) => ask("window", { index });
 

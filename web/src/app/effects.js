@@ -8,6 +8,7 @@ import { frontOf } from "../views/inspector.js";
 import { measure } from "./measure.js";
 import { hands } from "./stage.js";
 import { arrived, recording, selection, theme } from "./store.js";
+import { TrustPanel } from "./trust.js";
 
 const made = signal([]);
 const KEPT = 8;
@@ -50,5 +51,6 @@ export function EffectsPanel({ width }) {
       <label><input type="checkbox" checked=${renormalise} onChange=${(event) => setRenormalise(event.currentTarget.checked)} /> scale the other weights up</label></div>
     ${can.line && html`<p class="note">This line is ${can.line.name}.</p>`}
     <div role="region" aria-label="effects" aria-live="polite"><${Picture} list=${list} on=${hands} theme=${theme.value} /></div>
+    <${TrustPanel} width=${Math.min(width, 640)} />
   </div>`;
 }

@@ -5,7 +5,7 @@ import { render } from "preact";
 import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { signal } from "@preact/signals";
 import { THEMES } from "../core/colour.js";
-import { headsOf } from "../core/links.js";
+import { headsOf, labelOf } from "../core/links.js";
 import { percent } from "../core/words.js";
 import { html, Picture } from "../paint/dom.js";
 import { headsView } from "../views/heads.js";
@@ -71,6 +71,7 @@ function HeadsColumn() {
   const pair = pairOf();
   const best = pair ? headsOf(r, s, pair.from, pair.to).slice(0, 5) : [];
   const grid = useRef(null);
+  const label = labelOf(r, s.attention, s.layer, s.head);
   useEffect(() => {
     const box = grid.current.getBoundingClientRect();
     const own = grid.current.querySelector(headSelector(s.layer, s.head))?.getBoundingClientRect();
@@ -81,6 +82,7 @@ function HeadsColumn() {
   return html`<aside class="heads" aria-label="heads">
     <h2>heads</h2>
     <div class="scroll" ref=${grid}><${Picture} list=${list} on=${hands} theme=${theme.value} /></div>
+    ${label && html`<p class="note label">layer ${s.layer} head ${s.head}: ${label} over a corpus</p>`}
     ${best.length > 1 &&
     html`<div class="best"><h3>${pair.name}, strongest in</h3>
       <ol>${best.map(({ layer, head, weight }) => html`<li><button type="button" class="link" aria-pressed=${String(layer === s.layer && head === s.head)}

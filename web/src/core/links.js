@@ -128,6 +128,13 @@ export function headsBy(recording, { attention: index }, name) {
   return all.filter(({ value }) => Number.isFinite(value)).sort((a, b) => b.value - a.value);
 }
 
+// What a head does over a corpus, in words: its strongest role and score, or "".
+export function labelOf(recording, attention, layer, head) {
+  const { head_labels: labels, selection } = recording.payload;
+  const found = attention === (selection?.attention ?? 0) && labels?.[recording.attention(attention).layers.indexOf(layer)]?.[head];
+  return found ? `${found[0]} ${found[1].toFixed(2)}` : "";
+}
+
 // The heads in which `from` gives `to` most, of those whose weights are here; for a long text, what --find found.
 export function headsOf(recording, { attention: index, unit }, from, to) {
   const attention = recording.attention(index);

@@ -49,6 +49,14 @@ export function originOf(recording, selection, query, key) {
     stage(2) ??
     capped.map((value, at) => (weightRow[at] === 0 ? -Infinity : attention.has_bias ? Math.log(weightRow[at]) + lseValue : value));
 
+  // The values that this head reads, and below them what it gave: (keys + 1) rows.
+  const blob = attention.values?.includes(layer) ? recording.get(`values/${index}/${layer}/${head}/${i}`) : null;
+  const size = blob ? blob.shape[1] : 0;
+  const valueOf = (at) => blob.data.subarray(at * size, (at + 1) * size);
+  const summed = new Float64Array(size);
+  if (blob) weightRow.forEach((w, at) => valueOf(at).forEach((v, d) => (summed[d] += w * v)));
+  const value = blob && { v: valueOf(j), carried: Float64Array.from(valueOf(j), (v) => v * weightRow[j]), out: valueOf(numK), off: summed.reduce((far, v, d) => Math.max(far, Math.abs(v - valueOf(numK)[d])), 0) };
+
   const normRow = norms ? Float64Array.from(norms.data.subarray(group * numK, (group + 1) * numK)) : null;
   const carried = normRow ? normRow.map((value, at) => value * weightRow[at]) : null;
   return {
@@ -74,6 +82,8 @@ export function originOf(recording, selection, query, key) {
     computed: Math.exp(biased[j] - lseValue),
     weight: weightRow[j],
     weights: weightRow,
+    value,
+    waits: blob === undefined,
     norm: normRow ? normRow[j] : null,
     carried,
     share: carried ? carried[j] / carried.reduce((sum, value) => sum + value, 0) : null,

@@ -33,12 +33,13 @@ export class Column {
     return this;
   }
 
-  // Bars around a zero line; chosen: the index drawn in the accent. NaN and −inf leave a gap.
-  bars(values, { height = 28, chosen = null, fill = "soft", label = "", signed = true } = {}) {
+  // Bars around a zero line; chosen: the index drawn in the accent; like: values whose scale they share. NaN and −inf
+  // leave a gap.
+  bars(values, { height = 28, chosen = null, fill = "soft", label = "", signed = true, like = [] } = {}) {
     const left = label ? 28 : 0;
     const width = this.width - left;
     if (values.length > 2 * width) [values, chosen] = binned(values, Math.floor(width), chosen);
-    const finite = [...values].filter((v) => Number.isFinite(v));
+    const finite = [...values, ...like].filter((v) => Number.isFinite(v));
     const top = Math.max(0, ...finite);
     const bottom = signed ? Math.min(0, ...finite) : 0;
     const span = top - bottom || 1;

@@ -1,7 +1,7 @@
 // The heads: a grid of small pictures, one row a layer, groups that share keys bracketed. (recording, selection) -> display list
 
 import { dash, hue } from "../core/colour.js";
-import { headsBy, headsOf } from "../core/links.js";
+import { headsBy, headsOf, labelOf } from "../core/links.js";
 import { drawnHeads } from "../core/selection.js";
 import { number, percent } from "../core/words.js";
 
@@ -54,9 +54,10 @@ function positionGrid(recording, selection, attention, { size, labels }) {
 }
 
 function rankedGrid(recording, selection, ranked, { size, width }) {
-  const [gap, line] = [12, size + 34];
-  const columns = Math.max(1, Math.floor((width + gap) / (Math.max(size, 56) + gap)));
-  const step = Math.max(size, 56) + gap;
+  const labelled = Boolean(recording.payload.head_labels);
+  const [gap, line] = [12, size + (labelled ? 48 : 34)];
+  const step = Math.max(size, labelled ? 96 : 56) + gap;
+  const columns = Math.max(1, Math.floor((width + gap) / step));
   const thumbs = [];
   const buttons = [];
   const items = [];
@@ -66,6 +67,7 @@ function rankedGrid(recording, selection, ranked, { size, width }) {
     buttons.push(cell(selection, layer, head, at), ...badge(selection, layer, head, at));
     items.push({ t: "text", x: at.x, y: at.y + size + 12, text: `${layer} · ${head}`, size: 11, fill: "soft", anchor: "start" });
     items.push({ t: "text", x: at.x, y: at.y + size + 26, text, size: 12, fill: "ink", anchor: "start", tabular: true });
+    if (labelled) items.push({ t: "text", x: at.x, y: at.y + size + 40, text: labelOf(recording, selection.attention, layer, head), size: 12, fill: "soft", anchor: "start", tabular: true });
   });
   const height = Math.ceil(ranked.length / columns) * line + 4;
   return {

@@ -60,6 +60,14 @@ export function originSteps(column, recording, selection, from, to) {
     step(n++, `× value: ${exact(o.weight)} × ${number(o.norm)} = ${number(o.weight * o.norm)}`);
     column.text(`The weight says how much of ${key}’s value is taken; that value is ${number(o.norm)} long. Of all that ${query} takes in here, measured so, this is ${percent(o.share)}.`, small).gap(6);
     column.bars(o.carried, { height: 36, chosen: o.key.token, signed: false });
+    if (o.value) column.bars(o.value.v, { label: "v" }).bars(o.value.carried, { label: "w·v", like: o.value.v });
+    else if (o.waits) column.text("Reading the values …", small);
+  }
+  if (o.value) {
+    const length = Math.hypot(...o.value.out);
+    step(n++, `sum of weight × value → ${number(length)} long`);
+    column.text(`What this head gives to ${query}: weight × value of all ${plural(o.keyCount, "token")}, added up, ${plural(o.value.out.length, "number")}. The model’s own row${o.value.off < 1e-4 ? " is the same" : ""} to within ${number(o.value.off)}.`, small).gap(6);
+    column.bars(o.value.out, { label: "out", height: 36 });
   }
   return column;
 }
