@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from training import Settings, Trained
 
+from regard.nn import Decoder, Encoder
+
 DATA = Path(os.environ.get("REGARD_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 
 
@@ -64,32 +66,23 @@ def prepare(model: nn.Module, arguments: argparse.Namespace) -> nn.Module:
     """A model with gradient checkpointing and LoRA where the flags ask for them, changed in place."""
     if arguments.checkpointing:
         for part in model.modules():
-            if hasattr(type(part), "checkpoint"):
-                part.checkpoint = True
-            elif "checkpoint" in vars(part):
+            if isinstance(part, (Encoder, Decoder)):
                 part.checkpoint = True
     return model if arguments.lora is None else add_lora(model, arguments.lora)
 
 
 def add_lora(model: nn.Module, rank: int) -> nn.Module:
-    """Freeze a model and give each of its linear maps a trained update of low rank, W + B A, in place.
+    """Freeze a model and give its linear maps a trained update of low rank, W + B A, in place.
 
-    The projections of `MultiHeadAttention` are parameters, not modules: peft takes them as such.
+    Those of the feed-forward networks and of attention's output: the projections onto queries, keys and values are one
+    parameter of `MultiHeadAttention`, as in torch, and no module that peft can put something beside.
 
     Source: Hu et al. 2022.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    modules = [
-        name
-        for name, part in model.named_modules()
-        if isinstance(part, nn.Linear) and "out_proj" not in name  # which attention reads as a parameter
-    ]
-    parameters = [
-        name for name, p in model.named_parameters() if p.ndim == 2 and name.endswith(("proj_weight", "proj.weight"))
-    ]
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=modules, target_parameters=parameters)
-    return inject_adapter_in_model(config, model)
+    names = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
+    return inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names), model)
 
 
 def run(main: Callable[[list[str] | None], Trained | None]) -> None:
