@@ -286,16 +286,6 @@ class KVCache:
 
     # ---- changing what is held ----
 
-    def select(self, rows: Tensor) -> None:
-        """Go on with these batch rows, in this order, repeats allowed: beams that part, sentences that are done.
-
-        Args:
-            rows: int64 `(new batch,)`, numbers of the rows held now.
-        """
-        if self._keys is not None and self._values is not None:
-            with torch.no_grad(), torch.inference_mode(False):
-                self._keys, self._values = self._keys.index_select(0, rows), self._values.index_select(0, rows)
-
     def reset(self) -> None:
         """Let go of every token; the next one stands at position 0."""
         if self._pages is not None:

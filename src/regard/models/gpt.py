@@ -180,6 +180,6 @@ class _Decoding:
 
     def select(self, rows: Tensor) -> None:
         for cache in self.caches:
-            cache.select(rows)
+            cache.reorder(rows)
         if self.padding is not None:
             self.padding = self.padding[rows]

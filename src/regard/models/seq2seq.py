@@ -256,7 +256,7 @@ class _Decoding:
         self.memories = [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.memories]
         self.lengths = None if self.lengths is None else self.lengths[rows]
         for cache in self.caches:
-            cache.select(rows)
+            cache.reorder(rows)
 
 
 def _packing(x: Tensor, lengths: Tensor | None) -> Packing:
