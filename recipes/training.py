@@ -328,7 +328,9 @@ def _accelerator(settings: Settings) -> Accelerator:
     # accelerate keeps one state for the whole process; a second run may want another precision
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    return Accelerator(mixed_precision="bf16" if settings.bf16 else "no")
+    # without a word it takes several processes on CPUs for so many runs of their own
+    cpu = not torch.accelerator.is_available()
+    return Accelerator(cpu=cpu, mixed_precision="bf16" if settings.bf16 else "no")
 
 
 def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
