@@ -1,4 +1,4 @@
-"""Recipes of graphs, points and tables: their short forms on the true data, and what each must not depend on."""
+"""Recipes of graphs, points, tables and images: short forms on the true data, and what must not matter."""
 
 import gzip
 import io
@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import graph
+import images
 import numpy as np
 import points
 import pytest
@@ -139,3 +140,46 @@ def test_digits_of_another_form_are_refused(tmp_path):
     file.write_bytes(gzip.compress(b"1,2\n3,4\n"))
     with pytest.raises(ValueError, match=r"must have 784 pixels and a label in a row; got \(2, 2\)"):
         points.read(file, 0)
+
+
+# --- images ---
+
+
+def test_pictures_are_learnt(native, tmp_path, capsys):
+    folder = need("fashion_mnist_t10k", "t10k-images-idx3-ubyte.gz").parent
+    images.main(["--short", "--out", str(tmp_path)])
+    reached = percent(capsys.readouterr().out, "test accuracy")
+    # The nearest mean picture:
+    learned, held_out = images.read(folder, 0)
+    means = torch.stack([learned.images[learned.classes == kind].mean(0).flatten() for kind in range(10)])
+    nearest = torch.cdist(held_out.images.flatten(1), means).argmin(1)
+    assert reached >= 100 * float((nearest == held_out.classes).float().mean()) + 5
+
+
+def test_pictures_held_out_are_none_of_those_learnt_from():
+    folder = need("fashion_mnist_t10k", "t10k-images-idx3-ubyte.gz").parent
+    learned, held_out = images.read(folder, 0)
+    assert (len(learned.classes), len(held_out.classes)) == (8500, 1500)
+    both = torch.cat((learned.images, held_out.images))
+    file = images.idx(folder / "t10k-images-idx3-ubyte.gz", 3)
+    assert float(both.sum()) == pytest.approx(float(((file / 255 - 0.286) / 0.353).sum()), rel=1e-4)
+    other = images.read(folder, 1)[1]
+    assert not torch.equal(other.classes, held_out.classes)
+
+
+def test_varied_pictures_are_moved_and_mirrored_whole():
+    picture = torch.zeros(200, 1, 28, 28)
+    picture[:, 0, 10, 12] = 1.0
+    varied = images.varied(picture)
+    assert bool((varied.sum((1, 2, 3)) == 1).all())
+    at = varied[:, 0].nonzero()
+    assert set(at[:, 1].tolist()) == set(range(8, 13))
+    assert set(at[:, 2].tolist()) == set(range(10, 18))
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\0\x08\x03\0\0\0\x01", b"\0\0\x08\x01\0\0\0\x09abc"])
+def test_a_torn_file_of_pictures_is_refused(content, tmp_path):
+    file = tmp_path / "torn.gz"
+    file.write_bytes(gzip.compress(content))
+    with pytest.raises(ValueError, match=r"torn.gz must hold . axes of bytes; got"):
+        images.idx(file, 1 if content[3:4] == b"\x01" else 3)
