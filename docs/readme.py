@@ -24,6 +24,7 @@ TOPS = {
 }
 # Folders that are listed by one line: what they hold follows what the other folders hold.
 FOLDERS = {
+    "recipes/": "one script each: a domain is an embedding and a mask; RESULTS.md says what was reached",
     "tests/": "tests mirror src/regard; a test's name is a sentence",
     "benchmarks/": "what `make bench` measured, on which machine, and cost against length as a picture",
     "docs/": "the picture above, reports, and the script that brings this tree and the help below up to date",
