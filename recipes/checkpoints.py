@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from regard.models.pretrained import replace
 
 _FORMAT = 1
 _FILES = ("weights.safetensors", "optimizer.safetensors", "generators.safetensors")
@@ -225,21 +227,6 @@ def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     """A safetensors file, whole or not at all. What shares memory in the model is written twice."""
     tensors = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in weights.items()}
     replace(path, lambda file: save_file(tensors, file))
-
-
-def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside, flush to the disk, and put in place at once: whoever looks finds the old file or the new."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    beside = Path(name)
-    try:
-        write(beside)
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
-        beside.chmod(0o644)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _flush(folder: Path) -> None:

@@ -15,13 +15,13 @@ from typing import Any
 
 import flags
 import torch
-from checkpoints import replace
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from training import Batches, Settings, Trained, train
 from translate import read_lines
 
 from regard.models import GPT
+from regard.models.pretrained import replace
 
 TEXTS = {"shakespeare": "tinyshakespeare/input.txt", "war_and_peace": "war_and_peace/warpeace_input.txt"}
 
@@ -146,7 +146,7 @@ def token_loss(model: nn.Module, tokens: Tensor, length: int) -> float:
     whole = (len(tokens) - 1) // length * length
     windows = torch.stack([tokens[at : at + length + 1] for at in range(0, whole, length)])
     for part in windows.split(32):
-        total += float(model.loss(part.to(device))) * len(part) * length  # type: ignore[operator]
+        total += float(model.loss(part.to(device))) * len(part) * length
     return total / whole
 
 

@@ -217,7 +217,7 @@ class _State:
     at: int = 0
     """the next batch of the epoch"""
     seconds: float = 0.0
-    best: Metrics = None  # type: ignore[assignment]
+    best: Metrics = None
     best_weights: dict[str, Tensor] | None = None
 
     def __post_init__(self) -> None:

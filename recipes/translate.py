@@ -20,13 +20,14 @@ from typing import Any
 
 import flags
 import torch
-from checkpoints import average, load_weights, replace, snapshots
+from checkpoints import average, load_weights, snapshots
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from training import Batches, Metrics, Settings, Trained, train
 
 from regard.models import Seq2Seq
+from regard.models.pretrained import replace
 
 PAD, START, END = 0, 1, 2
 LONGEST = 256  # tokens of a sentence
@@ -181,7 +182,7 @@ def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 def smoothed(model: nn.Module, source: Tensor, target: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
     """The loss of training: label smoothing 0.1. Source: Szegedy et al. 2016, section 7."""
-    return model.loss(source, target, sources, targets, label_smoothing=0.1)  # type: ignore[operator]
+    return model.loss(source, target, sources, targets, label_smoothing=0.1)
 
 
 @torch.no_grad()
@@ -192,7 +193,7 @@ def token_loss(model: nn.Module, sentences: Sentences) -> float:
     for at in range(0, len(sentences.pairs), 128):
         tensors = sentences.load(range(at, min(at + 128, len(sentences.pairs))))
         tokens = float(tensors[3].sum())
-        total += float(model.loss(*(t.to(device) for t in tensors))) * tokens  # type: ignore[operator]
+        total += float(model.loss(*(t.to(device) for t in tensors))) * tokens
         count += tokens
     return total / count
 

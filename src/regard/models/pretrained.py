@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -52,8 +52,8 @@ class Pretrained(nn.Module):
         text = json.dumps(words, indent=2, allow_nan=False) + "\n"
         weights = {name: t.detach().to("cpu", dtype).contiguous() for name, t in self.state_dict().items()}
         # both hold the configuration, so that a pair that does not belong together is seen
-        _replace(folder / _WEIGHTS, lambda file: save_file(weights, file, metadata={"config": text}))
-        _replace(folder / _CONFIG, lambda file: file.write_text(text, encoding="utf-8"))
+        replace(folder / _WEIGHTS, lambda file: save_file(weights, file, metadata={"config": text}))
+        replace(folder / _CONFIG, lambda file: file.write_text(text, encoding="utf-8"))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype | None = None) -> Self:
@@ -149,7 +149,7 @@ def _bad(cls: type, condition: str, got: str, fix: str) -> ValueError:
     return ValueError(f"{cls.__name__}.from_pretrained: {condition}; got {got}. {fix}")
 
 
-def _replace(path: Path, write: Any) -> None:
+def replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Write beside, flush to the disk, and put in place at once: whoever looks finds the old file or the new."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
